@@ -1,0 +1,126 @@
+"""The packing problem: what a policy sees (`Snapshot`) and what it answers (`Packing`).
+
+Times are seconds on the caller's clock. Nothing here knows about torch, Ray or wall time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A run of equal steps that a request still has to go through.
+
+    Attributes:
+        kind: "encode", "denoise" or "decode".
+        steps: whole steps left, at least 1. Encode and decode are phases of one step.
+        step_s: seconds of one step by sequence-parallel degree; only degrees that are allowed.
+    """
+
+    kind: str
+    steps: int
+    step_s: Mapping[int, float]
+
+    @property
+    def fastest_step_s(self) -> float:
+        return min(self.step_s.values())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One open request: the phases that are not yet committed to any GPU.
+
+    Attributes:
+        deadline_s: absolute; `math.inf` when the request has none.
+        ready_s: when its committed work ends (or when it arrived); it cannot start earlier.
+        gpus: the GPUs of its last assignment, empty before the first; keeping them saves a hand-off.
+        set_aside: the last packing gave this request up for the sake of others.
+        priority: tie-break, larger first.
+        slo_s: the budget it arrived with (deadline minus arrival); `math.inf` without deadline.
+    """
+
+    id: str
+    arrival_s: float
+    deadline_s: float
+    ready_s: float
+    phases: tuple[Phase, ...]
+    gpus: tuple[int, ...] = ()
+    set_aside: bool = False
+    priority: int = 0
+    slo_s: float = math.inf
+
+    @property
+    def least_work_s(self) -> float:
+        """Seconds to finish with every step at its fastest degree."""
+        return sum(phase.steps * phase.fastest_step_s for phase in self.phases)
+
+    def is_late(self, now_s: float) -> bool:
+        """True when no plan can finish it by its deadline any more."""
+        return max(now_s, self.ready_s) + self.least_work_s > self.deadline_s + 1e-9
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The board and the open requests at one instant of decision.
+
+    Attributes:
+        round_s: round length; the next boundary is `now_s + round_s`.
+        free_at_s: per GPU, when its committed work ends (`<= now_s` when idle), `math.inf` when lost.
+    """
+
+    now_s: float
+    round_s: float
+    free_at_s: tuple[float, ...]
+    jobs: tuple[Job, ...]
+
+    @property
+    def boundary_s(self) -> float:
+        return self.now_s + self.round_s
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rectangle on the board: whole steps of one phase on a GPU set, at degree `len(gpus)`."""
+
+    job_id: str
+    kind: str
+    gpus: tuple[int, ...]
+    steps: int
+    start_s: float
+    end_s: float
+
+    @property
+    def degree(self) -> int:
+        return len(self.gpus)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A policy's answer: entries in order of start, and whom it gave up for now.
+
+    Entries of one request never overlap and follow its phases in order; no GPU is used twice at a time.
+    The caller commits what starts in its window and asks again later; the rest is the look-ahead.
+    """
+
+    entries: tuple[Entry, ...]
+    set_aside: frozenset[str] = frozenset()
+    info: Mapping[str, float] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """A pure map from a snapshot to a packing; one object may be asked any number of times.
+
+    Attributes:
+        round_steps: default round length, in steps of the largest open shape at its fastest degree.
+        replans_on_arrival: arrivals and freed GPUs are instants of decision too, not only boundaries.
+    """
+
+    name: str
+    round_steps: float
+    replans_on_arrival: bool
+
+    def __call__(self, snapshot: Snapshot) -> Packing: ...

@@ -1,0 +1,69 @@
+"""Errors a client of tetriserve can meet; the HTTP edge maps each class to a status."""
+
+from __future__ import annotations
+
+
+class TetriserveError(Exception):
+    """Base class. `code` is the machine-readable code of the HTTP error body."""
+
+    code = "internal_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(TetriserveError):
+    """The request cannot be served as asked; `field` names the culprit (HTTP 400)."""
+
+    code = "invalid_value"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.field, self.message.removeprefix(f"{self.field}: "))
+
+
+class ModelNotFound(InvalidRequest):
+    """`model` names something this server does not serve (HTTP 404)."""
+
+    code = "model_not_found"
+
+
+class Overloaded(TetriserveError):
+    """The queue is full (HTTP 503 with Retry-After)."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (self.message, self.retry_after_s)
+
+
+class NotReady(Overloaded):
+    """No GPU group can run steps right now (HTTP 503)."""
+
+    code = "not_ready"
+
+
+class DeadlineInfeasible(TetriserveError):
+    """`drop_late` was asked and the deadline can no longer be met (HTTP 503)."""
+
+    code = "deadline_infeasible"
+
+
+class GenerationFailed(TetriserveError):
+    """The request was accepted but could not be finished; the message says why (HTTP 500)."""
+
+    code = "generation_failed"
+
+
+class ConfigError(TetriserveError):
+    """A configuration value is wrong; the command line ends with exit code 2."""
+
+    code = "config_error"

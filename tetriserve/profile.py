@@ -1,0 +1,154 @@
+"""Step times of a model on a device, by shape and sequence-parallel degree (design: the Profile contract)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tetriserve.errors import ConfigError
+from tetriserve.request import Shape
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of one denoising step, by shape and degree, batch 1; encode and decode seconds on one GPU.
+
+    Attributes:
+        step_seconds: measured or published values only; `step_s` fills the rest by interpolation.
+        interpolated: shapes asked for that are not in the table, filled by `with_shape`.
+    """
+
+    model: str
+    device: str
+    source: str
+    degrees: tuple[int, ...]
+    step_seconds: Mapping[Shape, Mapping[int, float]]
+    encode_seconds: Mapping[Shape, float] = field(default_factory=dict)
+    decode_seconds: Mapping[Shape, float] = field(default_factory=dict)
+    interpolated: frozenset[Shape] = frozenset()
+
+    def step_s(self, shape: Shape) -> dict[int, float]:
+        """Seconds of one step at each degree; interpolated on pixels where the shape is not listed."""
+        if shape in self.step_seconds:
+            return dict(self.step_seconds[shape])
+        return {
+            degree: _interpolate({s: times[degree] for s, times in self.step_seconds.items() if degree in times}, shape)
+            for degree in self.degrees
+        }
+
+    def encode_s(self, shape: Shape) -> float:
+        return _interpolate(self.encode_seconds, shape) if self.encode_seconds else 0.0
+
+    def decode_s(self, shape: Shape) -> float:
+        return _interpolate(self.decode_seconds, shape) if self.decode_seconds else 0.0
+
+    def with_shape(self, shape: Shape) -> Profile:
+        """The same profile, saying that `shape` is (or is not) an interpolated value."""
+        if shape in self.step_seconds or shape in self.interpolated:
+            return self
+        return replace(self, interpolated=self.interpolated | {shape})
+
+    def to_yaml(self) -> str:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "device": self.device,
+            "source": self.source,
+            "degrees": list(self.degrees),
+            "step_seconds": {
+                str(shape): {degree: round(t, 6) for degree, t in times.items()}
+                for shape, times in sorted(self.step_seconds.items(), key=lambda item: item[0].pixels)
+            },
+        }
+        for key in ("encode_seconds", "decode_seconds"):
+            table: Mapping[Shape, float] = getattr(self, key)
+            if table:
+                body[key] = {str(s): round(t, 6) for s, t in sorted(table.items(), key=lambda i: i[0].pixels)}
+        if self.interpolated:
+            body["interpolated"] = sorted(str(shape) for shape in self.interpolated)
+        return yaml.safe_dump(body, sort_keys=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile file. Raises `ConfigError` naming the file and the field."""
+        try:
+            body = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"profile {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"profile {path}: not YAML ({str(error).splitlines()[0]})") from None
+        try:
+            return cls._from_body(body)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"missing field {error}" if isinstance(error, KeyError) else str(error)
+            raise ConfigError(f"profile {path}: {what}") from None
+
+    @classmethod
+    def _from_body(cls, body: Any) -> Profile:
+        if not isinstance(body, dict):
+            raise ValueError("expected a mapping with model, device, source, degrees, step_seconds")
+        degrees = tuple(sorted(int(degree) for degree in body["degrees"]))
+        if not degrees or degrees[0] < 1:
+            raise ValueError(f"degrees must be positive, got {list(degrees)}")
+        tables = {
+            Shape.parse(shape): {int(degree): _positive(t, shape) for degree, t in times.items()}
+            for shape, times in body["step_seconds"].items()
+        }
+        if not tables:
+            raise ValueError("step_seconds is empty")
+        for shape, times in tables.items():
+            if set(times) - set(degrees):
+                raise ValueError(f"step_seconds {shape} has degrees {sorted(times)} beyond {list(degrees)}")
+        for degree in degrees:
+            if not any(degree in times for times in tables.values()):
+                raise ValueError(f"no step_seconds for degree {degree}")
+        return cls(
+            model=str(body["model"]),
+            device=str(body["device"]),
+            source=str(body.get("source", "")),
+            degrees=degrees,
+            step_seconds=tables,
+            encode_seconds={Shape.parse(s): _positive(t, s) for s, t in (body.get("encode_seconds") or {}).items()},
+            decode_seconds={Shape.parse(s): _positive(t, s) for s, t in (body.get("decode_seconds") or {}).items()},
+            interpolated=frozenset(Shape.parse(s) for s in body.get("interpolated") or ()),
+        )
+
+
+def _positive(value: Any, shape: str) -> float:
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{shape}: {value} is not a time in seconds")
+    return seconds
+
+
+def _interpolate(table: Mapping[Shape, float], shape: Shape) -> float:
+    """Seconds at `shape`: exact when listed, else on token count, log-log between the neighbours.
+
+    Step time grows as a power of the token count between 1 (linear layers) and 2 (attention), so straight
+    lines in log-log coordinates are the natural interpolation. Outside the table the nearest slope goes
+    on, kept within that range; below the smallest entry the time stays constant (kernel launch bound).
+    """
+    if shape in table:
+        return table[shape]
+    points: dict[int, float] = {}
+    for known, seconds in table.items():  # pixels are proportional to tokens
+        points[known.pixels] = max(seconds, points.get(known.pixels, 0.0))
+    sizes = sorted(points)
+    x = shape.pixels
+    if x <= sizes[0]:
+        return points[sizes[0]]
+    if len(sizes) == 1:
+        return points[sizes[0]] * x / sizes[0]
+    above = next((i for i, size in enumerate(sizes) if size >= x), len(sizes) - 1)
+    low, high = sizes[max(above - 1, 0)], sizes[above]
+    if min(points[low], points[high]) <= 0:
+        return max(points[low], points[high])
+    slope = math.log(points[high] / points[low]) / math.log(high / low)
+    if x > sizes[-1]:
+        slope = min(max(slope, 1.0), 2.0)
+        return points[high] * (x / high) ** slope
+    return points[low] * (x / low) ** slope

@@ -1,0 +1,193 @@
+"""What goes in and what comes out: requests, shapes, results. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from tetriserve.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Shape(NamedTuple):
+    """Output size in pixels; `frames` is 1 for an image. Written "HxW" or "HxWxF" in profiles."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+    def __str__(self) -> str:
+        text = f"{self.height}x{self.width}"
+        return text if self.frames == 1 else f"{text}x{self.frames}"
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width * self.frames
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Read "HxW" or "HxWxF". Raises ValueError with the expected form."""
+        try:
+            numbers = [int(part) for part in str(text).lower().split("x")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (2, 3) or min(numbers, default=0) <= 0:
+            raise ValueError(f"shape must look like 512x512 or 480x832x81, got {text!r}")
+        return cls(*numbers)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One picture to make. `None` means the model's own default.
+
+    Attributes:
+        slo_s: seconds from arrival within which the caller wants the result; None for the server's default.
+        seed: 0 <= seed < 2**63; drawn at random when None and reported back.
+        drop_late: end with `DeadlineInfeasible` instead of finishing late.
+        priority: tie-break between requests with equal deadlines, larger first.
+        request_id: made by the server when None; must be unique among open requests.
+    """
+
+    prompt: str
+    height: int = 1024
+    width: int = 1024
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    slo_s: float | None = None
+    drop_late: bool = False
+    priority: int = 0
+    model: str | None = None
+    request_id: str | None = None
+    user: str | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.height, self.width)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the outside may know of a loaded model: its name, limits and which degrees it can run.
+
+    Attributes:
+        size_multiple: height and width must be divisible by this many pixels.
+        token_pixels: pixels along one side that make one sequence token.
+        text_tokens: length of the text sequence, sharded beside the image tokens.
+        heads: attention heads; a degree that does not divide them runs ring attention.
+    """
+
+    name: str
+    family: str
+    size_multiple: int
+    token_pixels: int
+    text_tokens: int
+    heads: int
+    min_pixels: int
+    max_pixels: int
+    max_side: int
+    default_steps: int
+    max_steps: int
+    default_guidance_scale: float
+    max_prompt_chars: int
+    description: str = ""
+    """One line for people: where the weights come from."""
+
+    def tokens(self, shape: Shape) -> int:
+        """Image tokens of a shape, the length that sequence parallelism shards."""
+        return (shape.height // self.token_pixels) * (shape.width // self.token_pixels) * shape.frames
+
+    def why_not_shape(self, shape: Shape) -> str | None:
+        """The reason why a shape cannot be served, or None."""
+        for name, side in (("height", shape.height), ("width", shape.width)):
+            if side <= 0 or side % self.size_multiple:
+                near = max(self.size_multiple, round(side / self.size_multiple) * self.size_multiple)
+                return f"{name} {side} is not a positive multiple of {self.size_multiple} (nearest: {near})"
+            if side > self.max_side:
+                return f"{name} {side} is above {self.max_side}, the longest side of {self.name}"
+        if not self.min_pixels <= shape.pixels <= self.max_pixels:
+            return (
+                f"{shape.width}x{shape.height} has {shape.pixels} pixels, allowed are "
+                f"{self.min_pixels} to {self.max_pixels}"
+            )
+        return None
+
+    def why_not_degree(self, shape: Shape, degree: int) -> str | None:
+        """The reason why a shape cannot run at a sequence-parallel degree, or None."""
+        if degree < 1:
+            return f"degree {degree} is not positive"
+        shortest = min(self.tokens(shape), self.text_tokens)
+        if degree > shortest:
+            return f"degree {degree} is above the {shortest} tokens of the shortest sequence"
+        return None
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raise `InvalidRequest` naming the first field this model cannot serve."""
+        if not request.prompt.strip():
+            raise InvalidRequest("prompt", "must not be empty")
+        if len(request.prompt) > self.max_prompt_chars:
+            raise InvalidRequest("prompt", f"{len(request.prompt)} characters, at most {self.max_prompt_chars}")
+        if request.negative_prompt and len(request.negative_prompt) > self.max_prompt_chars:
+            raise InvalidRequest(
+                "negative_prompt",
+                f"{len(request.negative_prompt)} characters, at most {self.max_prompt_chars}",
+            )
+        reason = self.why_not_shape(request.shape)
+        if reason:
+            raise InvalidRequest("size", reason)
+        steps = request.num_inference_steps
+        if steps is not None and not 1 <= steps <= self.max_steps:
+            raise InvalidRequest("num_inference_steps", f"{steps}, allowed are 1 to {self.max_steps}")
+        for name in ("guidance_scale", "true_cfg_scale"):
+            value = getattr(request, name)
+            if value is not None and not 0 <= value <= 20:
+                raise InvalidRequest(name, f"{value}, allowed are 0 to 20")
+        if request.seed is not None and not 0 <= request.seed < 2**63:
+            raise InvalidRequest("seed", f"{request.seed}, allowed are 0 to 2**63 - 1")
+        if request.slo_s is not None and not 0 < request.slo_s < float("inf"):
+            raise InvalidRequest("slo_s", f"{request.slo_s}, must be a positive number of seconds")
+
+
+class StepRange(NamedTuple):
+    """`steps` denoising steps that a request went through on `gpus` at degree `len(gpus)`."""
+
+    steps: int
+    degree: int
+    gpus: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What happened to one request. Durations in seconds; `denoise_s` is time on GPUs, pauses excluded.
+
+    Attributes:
+        queue_s: time from arrival to the first execution, plus pauses between phases and step ranges.
+        inference_s: from first execution to result.
+    """
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+    inference_s: float
+    slo_s: float | None
+    slo_met: bool | None
+    steps: tuple[StepRange, ...]
+    seed: int
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """A finished picture: `image` is uint8 [height, width, 3]."""
+
+    request_id: str
+    image: np.ndarray
+    created_s: float
+    model: str
+    metrics: Metrics
