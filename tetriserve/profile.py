@@ -36,10 +36,11 @@ class Profile:
         """Seconds of one step at each degree; interpolated on pixels where the shape is not listed."""
         if shape in self.step_seconds:
             return dict(self.step_seconds[shape])
-        return {
-            degree: _interpolate({s: times[degree] for s, times in self.step_seconds.items() if degree in times}, shape)
+        tables = {
+            degree: {known: times[degree] for known, times in self.step_seconds.items() if degree in times}
             for degree in self.degrees
         }
+        return {degree: _interpolate(table, shape) for degree, table in tables.items()}
 
     def encode_s(self, shape: Shape) -> float:
         return _interpolate(self.encode_seconds, shape) if self.encode_seconds else 0.0
@@ -112,10 +113,14 @@ class Profile:
             source=str(body.get("source", "")),
             degrees=degrees,
             step_seconds=tables,
-            encode_seconds={Shape.parse(s): _positive(t, s) for s, t in (body.get("encode_seconds") or {}).items()},
-            decode_seconds={Shape.parse(s): _positive(t, s) for s, t in (body.get("decode_seconds") or {}).items()},
+            encode_seconds=_table(body.get("encode_seconds")),
+            decode_seconds=_table(body.get("decode_seconds")),
             interpolated=frozenset(Shape.parse(s) for s in body.get("interpolated") or ()),
         )
+
+
+def _table(body: Mapping[str, Any] | None) -> dict[Shape, float]:
+    return {Shape.parse(shape): _positive(seconds, shape) for shape, seconds in (body or {}).items()}
 
 
 def _positive(value: Any, shape: str) -> float:

@@ -129,13 +129,10 @@ class ModelInfo:
         """Raise `InvalidRequest` naming the first field this model cannot serve."""
         if not request.prompt.strip():
             raise InvalidRequest("prompt", "must not be empty")
-        if len(request.prompt) > self.max_prompt_chars:
-            raise InvalidRequest("prompt", f"{len(request.prompt)} characters, at most {self.max_prompt_chars}")
-        if request.negative_prompt and len(request.negative_prompt) > self.max_prompt_chars:
-            raise InvalidRequest(
-                "negative_prompt",
-                f"{len(request.negative_prompt)} characters, at most {self.max_prompt_chars}",
-            )
+        for name in ("prompt", "negative_prompt"):
+            length = len(getattr(request, name) or "")
+            if length > self.max_prompt_chars:
+                raise InvalidRequest(name, f"{length} characters, at most {self.max_prompt_chars}")
         reason = self.why_not_shape(request.shape)
         if reason:
             raise InvalidRequest("size", reason)
@@ -180,6 +177,29 @@ class Metrics:
     steps: tuple[StepRange, ...]
     seed: int
     peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an open request is: `steps_done` of `steps` denoising steps; `phase` is what runs or waits next."""
+
+    request_id: str
+    phase: str
+    steps_done: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """The state of one cell; `reason` says why it is not ready."""
+
+    ready: bool
+    reason: str
+    gpus: int
+    gpus_ready: int
+    open_requests: int
+    running: int
+    policy: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,159 @@
+"""Typed `args` of the Serve application: every knob of a cluster YAML, with its bounds and meaning.
+
+Unknown or ill-typed keys are refused with the key's name. The models are frozen and travel to the actors as
+they are; nothing below `deployments` imports them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from solver.policies import POLICIES
+from tetriserve.errors import ConfigError
+from tetriserve.request import Shape
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelArgs(_Section):
+    """Which diffusers pipeline to serve and within which limits."""
+
+    path: str = Field(
+        "embedded",
+        min_length=1,
+        description='A diffusers model folder, a hub id, or "embedded" for the small model made on first use.',
+    )
+    name: str | None = Field(None, description="Served name; default: the last part of the path.")
+    revision: str | None = Field(None, description="Hub revision, passed to from_pretrained.")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    max_sequence_length: int | None = Field(
+        None, ge=1, le=512, description="Text tokens of the T5 encoder; default: the pipeline's own."
+    )
+    default_steps: int | None = Field(None, ge=1, le=200, description="Default: the pipeline's own.")
+    max_steps: int = Field(200, ge=1, le=200)
+    max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="Largest height x width.")
+    max_prompt_chars: int = Field(4096, ge=1)
+
+
+class CellArgs(_Section):
+    """One cell: the GPUs of one node under one scheduler."""
+
+    gpus: int = Field(8, ge=1, le=64, description="GPU replicas of the cell, one GPU each.")
+    device: Literal["cuda", "cpu"] = "cuda"
+    cpus_per_replica: float = Field(1.0, gt=0, description="Ray CPUs reserved for each GPU replica.")
+    scheduler_cpus: float = Field(1.0, gt=0, description="Ray CPUs reserved for the cell's scheduler.")
+    attention_backend: str = Field(
+        "native",
+        min_length=1,
+        description='A diffusers attention backend ("native", "flash", "_native_cudnn", ...), or "xfuser" '
+        'or "xfuser:FLASH_3" for xfuser\'s kernels (extra `gpu`).',
+    )
+    degrees: tuple[int, ...] | None = Field(
+        None, description="Sequence-parallel degrees to use; default: powers of two up to `gpus`."
+    )
+    step_timeout_factor: float = Field(
+        20.0, gt=1, description="A step range this many times slower than predicted makes the cell unhealthy."
+    )
+    step_timeout_floor_s: float = Field(30.0, gt=0, description="... but never before this many seconds.")
+
+    @field_validator("degrees")
+    @classmethod
+    def _degrees(cls, degrees: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if degrees is not None and (not degrees or 1 not in degrees or min(degrees) < 1):
+            raise ValueError("must contain 1 (encode and decode run on one GPU) and only positive degrees")
+        return None if degrees is None else tuple(sorted(set(degrees)))
+
+    @model_validator(mode="after")
+    def _fits(self) -> CellArgs:
+        if self.degrees and max(self.degrees) > self.gpus:
+            raise ValueError(f"degrees: {max(self.degrees)} is above gpus: {self.gpus}")
+        return self
+
+    @property
+    def all_degrees(self) -> tuple[int, ...]:
+        """The configured degrees, or the powers of two up to `gpus`."""
+        return self.degrees or tuple(1 << i for i in range(self.gpus.bit_length()))
+
+
+class SchedulerArgs(_Section):
+    """The round-based scheduler and its packer."""
+
+    policy: str = Field("ilp", description="One of " + ", ".join(POLICIES))
+    round_s: float | None = Field(None, gt=0, le=60, description="Round length; default: from the profile.")
+    min_round_s: float = Field(0.1, ge=0, le=60, description="Floor of a derived round length.")
+    lead_s: float = Field(
+        0.04, ge=0, le=1, description="How long before a GPU frees its next step range is decided and queued."
+    )
+    solver_time_limit_s: float = Field(0.05, gt=0, le=5, description="After this the fallback plan is used.")
+    max_open_requests: int = Field(256, ge=1, description="More are answered 503 with Retry-After.")
+    default_slo_scale: float | None = Field(
+        3.0, gt=0, description="Deadline of requests without one, times the stand-alone time; null: none."
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _policy(cls, policy: str) -> str:
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}, allowed are {', '.join(POLICIES)}")
+        return policy
+
+
+class ProfileArgs(_Section):
+    """Where step times come from. Without `path` the cell measures itself at first start and caches it."""
+
+    path: str | None = Field(None, description="A profile file (see `tetriserve profile`).")
+    shapes: tuple[str, ...] = Field(
+        ("256x256", "512x512", "1024x1024"), min_length=1, description='"HxW" shapes to measure.'
+    )
+    warmup: int = Field(1, ge=0, le=20, description="Steps before the measured ones, per shape and degree.")
+    repeats: int = Field(3, ge=1, le=100, description="Measured steps per shape and degree; the median counts.")
+    cache_dir: str | None = Field(None, description="Default: ~/.cache/tetriserve/profiles.")
+
+    @field_validator("shapes")
+    @classmethod
+    def _shapes(cls, shapes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Shape.parse(shape)) for shape in shapes)
+
+    @property
+    def all_shapes(self) -> tuple[Shape, ...]:
+        return tuple(Shape.parse(shape) for shape in self.shapes)
+
+
+class HTTPArgs(_Section):
+    """Limits of the HTTP edge."""
+
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Larger bodies are answered 413.")
+    max_n: int = Field(10, ge=1, le=10, description="Largest `n` of one request.")
+
+
+class AppArgs(_Section):
+    """All of it: the `args` of the application in a Serve config file."""
+
+    # `model_` would otherwise be pydantic's own prefix
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: ModelArgs = ModelArgs()
+    cell: CellArgs = CellArgs()
+    scheduler: SchedulerArgs = SchedulerArgs()
+    profile: ProfileArgs = ProfileArgs()
+    http: HTTPArgs = HTTPArgs()
+
+    @classmethod
+    def parse(cls, args: dict[str, Any]) -> AppArgs:
+        """Validate. Raises `ConfigError`, one line, naming the first wrong key."""
+        try:
+            return cls.model_validate(args)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "args"
+            allowed = ""
+            if first["type"] == "extra_forbidden":
+                section: Any = cls
+                for part in first["loc"][:-1]:
+                    section = section.model_fields[part].annotation
+                allowed = f"; allowed are {', '.join(section.model_fields)}"
+            raise ConfigError(f"args.{key}: {first['msg']}{allowed}") from None

@@ -1,0 +1,271 @@
+"""Same image: whatever degrees, GPU sets, pauses and moves a request goes through, its latents and its
+picture are those of the plain diffusers pipeline. Real processes over gloo."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_folders import tiny_flux, tiny_sd3
+from replica_pool import ReplicaPool
+
+from tetriserve.engine.attention import attention_kernel
+from tetriserve.errors import ConfigError
+from tetriserve.models.adapter import ModelLimits
+from tetriserve.models.load import load_model
+from tetriserve.request import GenerateRequest, Shape
+
+N_GPUS = 4
+TEXT_TOKENS = 30  # 4 does not divide it
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "flux-dev": tiny_flux(root / "flux-dev"),
+        "flux-schnell": tiny_flux(root / "flux-schnell", guidance_embeds=False),
+        "sd35": tiny_sd3(root / "sd35"),
+        "sd3": tiny_sd3(root / "sd3", dual_attention=False),
+    }
+
+
+@pytest.fixture(scope="module")
+def pool(folders: dict[str, Path]):
+    pool = ReplicaPool(N_GPUS, folders, TEXT_TOKENS)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def plain(folders: dict[str, Path]):
+    """The plain diffusers pipeline: (latents, picture) of a request, computed once per request."""
+    pipelines: dict[str, object] = {}
+    results: dict[tuple[str, GenerateRequest], tuple[torch.Tensor, np.ndarray]] = {}
+    torch.set_num_threads(1)
+
+    def run(model: str, request: GenerateRequest) -> tuple[torch.Tensor, np.ndarray]:
+        if model not in pipelines:
+            adapter = load(folders[model])
+            pipelines[model] = type(adapter.pipeline).from_pretrained(folders[model])
+            pipelines[model].set_progress_bar_config(disable=True)
+        if (model, request) not in results:
+            options = {
+                name: getattr(request, name)
+                for name in ("guidance_scale", "true_cfg_scale", "negative_prompt")
+                if getattr(request, name) is not None
+            }
+            if model == "flux-schnell":
+                options.setdefault("guidance_scale", 0.0)
+
+            def generate(output_type: str):
+                return pipelines[model](
+                    request.prompt,
+                    height=request.height,
+                    width=request.width,
+                    num_inference_steps=request.num_inference_steps,
+                    generator=torch.Generator().manual_seed(request.seed),
+                    max_sequence_length=TEXT_TOKENS,
+                    output_type=output_type,
+                    **options,
+                ).images
+
+            results[model, request] = generate("latent"), np.asarray(generate("pil")[0])
+        return results[model, request]
+
+    return run
+
+
+def load(folder: Path, kernel: str = "native", **limits):
+    return load_model(
+        str(folder),
+        ModelLimits("m", max_sequence_length=TEXT_TOKENS, **limits),
+        attention_kernel(kernel),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+class Journey:
+    """Plays the scheduler for one request: keeps the packed state and who holds what."""
+
+    def __init__(self, pool: ReplicaPool, model: str, request: GenerateRequest, gpu: int) -> None:
+        self.pool, self.model, self.id = pool, model, f"{model}-{random.random()}"
+        _, self.conditioning, self.latents = pool.call((gpu,), model, "encode", self.id, request)[0]
+        self.step = 0
+        self.knows = {gpu}
+        self.holders = {gpu}
+
+    def run(self, gpus: tuple[int, ...], steps: int) -> None:
+        for gpu in gpus:
+            conditioning = None if gpu in self.knows else self.conditioning
+            latents = None if gpu in self.holders else self.latents
+            self.pool.send(
+                gpu, self.model, "denoise", self.id, gpus, self.step, steps, conditioning, latents
+            )
+        for gpu in gpus:
+            self.pool.receive(gpu)
+        self.step += steps
+        self.knows |= set(gpus)
+        self.holders = set(gpus)
+        packed = self.pool.call(gpus, self.model, "pack", self.id)
+        self.latents = packed[0]
+        for other in packed[1:]:  # every member holds the same bits
+            np.testing.assert_array_equal(other.tensor.array, self.latents.tensor.array)
+
+    def finish(self, gpu: int) -> np.ndarray:
+        conditioning = None if gpu in self.knows else self.conditioning
+        latents = None if gpu in self.holders else self.latents
+        _, image = self.pool.call((gpu,), self.model, "decode", self.id, conditioning, latents)[0]
+        self.pool.call(tuple(range(N_GPUS)), self.model, "release", self.id)
+        return image
+
+
+def assert_same(journey: Journey, image: np.ndarray, expected: tuple[torch.Tensor, np.ndarray]) -> None:
+    latents, picture = expected
+    ours = torch.from_numpy(np.array(journey.latents.tensor.array))
+    error = (ours - latents).abs().max() / latents.abs().max()
+    assert error < 1e-4, f"latents differ by {error}"
+    difference = np.abs(image.astype(int) - picture.astype(int))
+    assert difference.max() <= 1
+    assert (difference.max(axis=-1) == 0).mean() >= 0.999
+
+
+REQUESTS = {
+    "square": ("flux-dev", GenerateRequest("a small red circle", 256, 256, STEPS, seed=1)),
+    # 7 x 13 = 91 image tokens: no degree above 1 divides them
+    "odd": ("flux-dev", GenerateRequest("a blue square", 112, 208, STEPS, seed=2)),
+    "distilled guidance": (
+        "flux-dev",
+        GenerateRequest("a star", 128, 256, STEPS, guidance_scale=1.5, seed=3),
+    ),
+    "true cfg": (
+        "flux-dev",
+        GenerateRequest(
+            "a star", 192, 128, STEPS, true_cfg_scale=3.0, negative_prompt="a large cross", seed=4
+        ),
+    ),
+    "schnell": ("flux-schnell", GenerateRequest("a star", 128, 192, STEPS, seed=5)),
+    "sd3.5": ("sd35", GenerateRequest("a star", 256, 192, STEPS, seed=6)),
+    "sd3.5 odd": (
+        "sd35",
+        GenerateRequest("a star", 112, 208, STEPS, negative_prompt="a blue circle", seed=7),
+    ),
+    "sd3": ("sd3", GenerateRequest("a star", 208, 144, STEPS, guidance_scale=4.0, seed=8)),
+    "sd3 unguided": ("sd3", GenerateRequest("a star", 128, 144, STEPS, guidance_scale=1.0, seed=9)),
+}
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", REQUESTS)
+def test_fixed_degree_equals_plain_pipeline(pool, plain, name: str, degree: int) -> None:
+    model, request = REQUESTS[name]
+    gpus = tuple(range(degree))
+    journey = Journey(pool, model, request, gpu=0)
+    journey.run(gpus, STEPS)
+    assert_same(journey, journey.finish(gpus[-1]), plain(model, request))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", REQUESTS)
+def test_any_journey_equals_plain_pipeline(pool, plain, name: str, seed: int) -> None:
+    """Random step ranges at random degrees on random GPU sets, aligned or not."""
+    model, request = REQUESTS[name]
+    dice = random.Random(seed)
+    journey = Journey(pool, model, request, gpu=dice.randrange(N_GPUS))
+    while journey.step < STEPS:
+        gpus = tuple(sorted(dice.sample(range(N_GPUS), dice.randint(1, N_GPUS))))
+        journey.run(gpus, dice.randint(1, STEPS - journey.step))
+    assert_same(journey, journey.finish(dice.randrange(N_GPUS)), plain(model, request))
+
+
+def test_move_to_disjoint_gpus_and_pause(pool, plain) -> None:
+    """(0,1) -> pause while another request uses all GPUs -> (2,3): holders and newcomers share no GPU."""
+    model, request = REQUESTS["square"]
+    other_model, other_request = REQUESTS["odd"]
+    journey = Journey(pool, model, request, gpu=0)
+    journey.run((0, 1), 2)
+    other = Journey(pool, other_model, other_request, gpu=3)
+    other.run((0, 1, 2, 3), 4)
+    journey.run((2, 3), 3)
+    other.run((1,), 2)
+    journey.run((0,), 1)
+    assert_same(journey, journey.finish(3), plain(model, request))
+    assert_same(other, other.finish(2), plain(other_model, other_request))
+
+
+def test_fixed_degree_sequence_is_bit_reproducible(pool) -> None:
+    model, request = REQUESTS["sd3.5 odd"]
+    runs = []
+    for _ in range(2):
+        journey = Journey(pool, model, request, gpu=1)
+        for gpus, steps in (((0, 1), 2), ((0, 1, 2), 1), ((3,), 1), ((0, 1, 2, 3), 2)):
+            journey.run(gpus, steps)
+        runs.append((journey.latents.tensor.array, journey.finish(0)))
+    np.testing.assert_array_equal(runs[0][0], runs[1][0])
+    np.testing.assert_array_equal(runs[0][1], runs[1][1])
+
+
+def test_seed_and_prompt_change_the_picture(pool) -> None:
+    """The equality above would mean little if the model ignored its inputs."""
+    model, request = REQUESTS["square"]
+    pictures = []
+    for changed in (request, replace(request, seed=99), replace(request, prompt="a large blue star")):
+        journey = Journey(pool, model, changed, gpu=0)
+        journey.run((0, 1), STEPS)
+        pictures.append(journey.finish(0))
+    assert (pictures[0] != pictures[1]).mean() > 0.05
+    assert (pictures[0] != pictures[2]).mean() > 0.001
+
+
+def test_state_is_checked(pool) -> None:
+    """A range that does not start where the latents are is refused, not run."""
+    model, request = REQUESTS["square"]
+    journey = Journey(pool, model, request, gpu=0)
+    journey.run((0,), 2)
+    with pytest.raises(RuntimeError, match="is at step 2 .* expected 3"):
+        pool.call((0,), model, "denoise", journey.id, (0,), 3, 1)
+    with pytest.raises(RuntimeError, match="no state on GPU 2"):
+        pool.call((2,), model, "denoise", journey.id, (2,), 2, 1)
+    journey.finish(0)
+    with pytest.raises(RuntimeError, match="no state on GPU 0"):
+        pool.call((0,), model, "decode", journey.id)
+
+
+def test_measure_times_every_phase(pool) -> None:
+    step_s, encode_s, decode_s = pool.call((2,), "sd3", "measure", Shape(128, 128), (2,), 1, 2)[0]
+    assert min(step_s, encode_s, decode_s) > 0
+    results = pool.call((0, 1), "sd3", "measure", Shape(128, 128), (0, 1), 1, 2)
+    assert all(step > 0 and encode is None for step, encode, _ in results)
+
+
+def test_model_limits(folders) -> None:
+    adapter = load(folders["sd3"], max_pixels=512 * 512)
+    info = adapter.info
+    assert info.why_not_shape(Shape(256, 256)) is None
+    assert "multiple of 16" in info.why_not_shape(Shape(250, 256))
+    assert "pixels" in info.why_not_shape(Shape(1024, 512))
+    assert "above 1024" in info.why_not_shape(Shape(2048, 16))
+    assert info.why_not_degree(Shape(256, 256), 4) is None
+    assert "tokens" in info.why_not_degree(Shape(128, 128), 100)
+
+
+def test_loading_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.path: .*no such folder"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(ConfigError, match="PixArtAlphaPipeline, supported are FluxPipeline"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match="attention_backend: unknown 'warp'"):
+        attention_kernel("warp")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, xfuser may load")
+def test_xfuser_without_gpu_is_a_clear_error() -> None:
+    with pytest.raises(ConfigError, match="xfuser needs a CUDA device"):
+        attention_kernel("xfuser")

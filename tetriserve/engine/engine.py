@@ -1,0 +1,179 @@
+"""What one GPU does with an assignment: encode, a range of denoising steps over a group, decode."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tetriserve.engine.groups import GroupTable
+from tetriserve.engine.latents import (
+    Conditioning,
+    Latents,
+    pack_conditioning,
+    pack_latents,
+    unpack_conditioning,
+    unpack_state,
+)
+from tetriserve.models.adapter import ModelAdapter, RequestState
+from tetriserve.request import GenerateRequest, Shape
+
+
+@dataclass(frozen=True)
+class Report:
+    """When an assignment ran on one GPU (Unix seconds) and what it took.
+
+    Attributes:
+        switch_s: from the start to the first step: installing handed-over state and choosing the group.
+        peak_memory_bytes: of the device since the last report, 0 on CPU.
+    """
+
+    started_s: float
+    ended_s: float
+    switch_s: float
+    peak_memory_bytes: int
+
+
+class Engine:
+    """Keeps the states of the requests that ran on this GPU last, and runs their next phases.
+
+    A range over several GPUs is entered by all members with equal arguments, in plan order.
+    """
+
+    def __init__(self, adapter: ModelAdapter, groups: GroupTable) -> None:
+        self.adapter = adapter
+        self.groups = groups
+        self._states: dict[str, RequestState] = {}
+        self._conditioning: dict[str, tuple[GenerateRequest, dict[str, torch.Tensor]]] = {}
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Requests whose latents are here, with the steps they have behind them."""
+        return {request_id: state.step for request_id, state in self._states.items()}
+
+    @torch.inference_mode()
+    def encode(self, request_id: str, request: GenerateRequest) -> tuple[Report, Conditioning, Latents]:
+        """Text encoders and initial noise. `request.seed` must be set."""
+        started_s = self._start()
+        request = self.adapter.resolve(request)
+        conditioning = self.adapter.encode(request)
+        state = self.adapter.begin(request, conditioning)
+        self._conditioning[request_id] = (request, conditioning)
+        self._states[request_id] = state
+        packed = pack_conditioning(state), pack_latents(state)
+        return (self._report(started_s, started_s), *packed)
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        request_id: str,
+        gpus: tuple[int, ...],
+        first_step: int,
+        steps: int,
+        conditioning: Conditioning | None = None,
+        latents: Latents | None = None,
+    ) -> Report:
+        """Run `steps` steps from `first_step` over `gpus`; the state stays here, on every member.
+
+        `conditioning` and `latents` are needed only where this GPU does not hold them already.
+        Raises RuntimeError when the state at hand is not at `first_step`.
+        """
+        started_s = self._start()
+        state = self._state(request_id, first_step, conditioning, latents)
+        group = self.groups.group(gpus)
+        switched_s = time.time()
+        info = self.adapter.info
+        with self.adapter.sequence_parallel.over(group, info.tokens(state.request.shape), info.text_tokens):
+            for _ in range(steps):
+                self.adapter.step(state)
+        return self._report(started_s, switched_s)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        request_id: str,
+        conditioning: Conditioning | None = None,
+        latents: Latents | None = None,
+    ) -> tuple[Report, np.ndarray]:
+        """The finished picture, uint8 [height, width, 3]."""
+        started_s = self._start()
+        state = self._state(request_id, None, conditioning, latents)
+        switched_s = time.time()
+        image = self.adapter.decode(state.request, state.latents)
+        return self._report(started_s, switched_s), image
+
+    def pack(self, request_id: str) -> Latents:
+        """The latents held here, ready to travel."""
+        return pack_latents(self._states[request_id])
+
+    def release(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
+        self._states.pop(request_id, None)
+        self._conditioning.pop(request_id, None)
+
+    @torch.inference_mode()
+    def measure(
+        self, shape: Shape, gpus: tuple[int, ...], warmup: int, repeats: int
+    ) -> tuple[float, float | None, float | None]:
+        """Median seconds of (one step over `gpus`, encode, decode); the last two only for one GPU.
+
+        All members call it together; the request is made up and released again.
+        """
+        request_id = f"measure-{shape}-{gpus}"
+        request = GenerateRequest(
+            "a small red circle", shape.height, shape.width, num_inference_steps=warmup + repeats, seed=0
+        )
+        encode_s = []
+        for _ in range(1 + repeats if len(gpus) == 1 else 1):
+            report, _, _ = self.encode(request_id, request)
+            encode_s.append(report.ended_s - report.started_s)
+        step_s = []
+        for step in range(warmup + repeats):
+            report = self.denoise(request_id, gpus, step, 1)
+            step_s.append(report.ended_s - report.started_s)
+        decode_s = []
+        for _ in range(1 + repeats if len(gpus) == 1 else 0):
+            report, _ = self.decode(request_id)
+            decode_s.append(report.ended_s - report.started_s)
+        self.release(request_id)
+        median = statistics.median
+        if len(gpus) > 1:
+            return median(step_s[warmup:]), None, None
+        return median(step_s[warmup:]), median(encode_s[1:]), median(decode_s[1:])
+
+    def _state(
+        self,
+        request_id: str,
+        step: int | None,
+        conditioning: Conditioning | None,
+        latents: Latents | None,
+    ) -> RequestState:
+        if conditioning is not None:
+            tensors = unpack_conditioning(conditioning, self.adapter.device)
+            self._conditioning[request_id] = (conditioning.request, tensors)
+        if latents is not None:
+            request, held = self._conditioning[request_id]
+            self._states[request_id] = unpack_state(self.adapter, request, held, latents)
+        state = self._states.get(request_id)
+        if state is None:
+            raise RuntimeError(f"request {request_id} has no state on GPU {self.groups.gpu}")
+        if step is not None and state.step != step:
+            raise RuntimeError(
+                f"request {request_id} is at step {state.step} on GPU {self.groups.gpu}, expected {step}"
+            )
+        return state
+
+    def _start(self) -> float:
+        if self.adapter.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.adapter.device)
+        return time.time()
+
+    def _report(self, started_s: float, switched_s: float) -> Report:
+        peak = 0
+        if self.adapter.device.type == "cuda":
+            torch.cuda.synchronize(self.adapter.device)
+            peak = torch.cuda.max_memory_allocated(self.adapter.device)
+        return Report(started_s, time.time(), switched_s - started_s, peak)

@@ -1,0 +1,128 @@
+"""Communication groups of a cell: one per GPU set, warmed before use, rebuilt on a fresh store after a loss.
+
+Aligned sets (pairs, fours, eights) exist from `connect` on; other sets are made when a plan first needs them.
+Size-1 groups are never built: one NCCL communicator costs half a gigabyte (peers.md, section 6).
+
+torch's backends are used directly, without its default process group: `new_group` must either be called by
+the whole world or derives the group's name from a counter that differs between ranks with different sets,
+and then hangs (torch 2.11 to 2.13). A set names itself here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""A rank may wait this long for its partners, who may still be in an earlier assignment; the scheduler's
+watchdog acts long before."""
+
+LOOPBACK = "127.0.0.1"
+"""A cell lives on one node: nothing of it listens on the network."""
+
+
+@dataclass(frozen=True)
+class SPGroup:
+    """A GPU set that runs one step together; `rank` is this GPU's place in it."""
+
+    gpus: tuple[int, ...]
+    rank: int
+    backend: Any
+
+    @property
+    def degree(self) -> int:
+        return len(self.gpus)
+
+    def rows(self, length: int) -> tuple[int, ...]:
+        """How a sequence is cut over the ranks: the first `length % degree` ranks take one row more."""
+        base, more = divmod(length, self.degree)
+        return tuple(base + (rank < more) for rank in range(self.degree))
+
+    def all_to_all(
+        self, sent: torch.Tensor, sent_rows: Sequence[int], rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Exchange row blocks: block j of contiguous `sent` goes to rank j; all ranks' blocks come back in order.
+
+        Args:
+            sent: [sum(sent_rows), ...].
+            sent_rows: rows for each rank.
+            rows: rows from each rank.
+        """
+        got = sent.new_empty(sum(rows), *sent.shape[1:])
+        self.backend.alltoall_base(got, sent, list(rows), list(sent_rows)).wait()
+        return got
+
+
+def open_store() -> tuple[int, dist.TCPStore]:
+    """A fresh rendezvous store on a free loopback port: (port, store). It lives as long as the object."""
+    listener = socket.socket()
+    listener.bind((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return port, store
+
+
+class GroupTable:
+    """This GPU's groups.
+
+    All members of a set must use it in the same order relative to other sets; plan order gives that.
+    """
+
+    def __init__(self, gpu: int, device: torch.device) -> None:
+        self.gpu = gpu
+        self.device = device
+        self._store: dist.Store | None = None
+        self._groups: dict[tuple[int, ...], SPGroup] = {}
+
+    def connect(self, port: int, sets: Iterable[tuple[int, ...]]) -> None:
+        """Join the cell over a fresh store and build and warm those of `sets` that hold this GPU."""
+        self.close()
+        self._store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=_timeout())
+        for gpus in sets:
+            if self.gpu in gpus:
+                self.group(gpus)
+
+    def group(self, gpus: tuple[int, ...]) -> SPGroup | None:
+        """The group of a GPU set that holds this GPU, made and warmed on first use; None for a single GPU."""
+        if len(gpus) == 1:
+            return None
+        found = self._groups.get(gpus)
+        if found is None:
+            if self._store is None:
+                raise RuntimeError(f"GPU {self.gpu} is not connected to a cell")
+            rank = gpus.index(self.gpu)
+            store = dist.PrefixStore("-".join(map(str, gpus)), self._store)
+            found = SPGroup(gpus, rank, self._backend(store, rank, len(gpus)))
+            ones = [1] * len(gpus)
+            found.all_to_all(torch.zeros(len(gpus), device=self.device), ones, ones)
+            self._groups[gpus] = found
+        return found
+
+    def close(self) -> None:
+        """Leave the cell, also when partners are gone; weights and request states stay."""
+        for group in self._groups.values():
+            group.backend.abort()
+        self._groups.clear()
+        self._store = None
+
+    def _backend(self, store: dist.Store, rank: int, size: int) -> Any:
+        if self.device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = _timeout()
+            return dist.ProcessGroupNCCL(store, rank, size, options)
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        options._timeout = _timeout()
+        return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def _timeout() -> datetime.timedelta:
+    return datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)

@@ -1,0 +1,1 @@
+"""One adapter per model family over diffusers components."""

@@ -1,0 +1,124 @@
+"""What a model family has to say: encode, begin, step, decode, and which shapes and degrees it allows."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from tetriserve.engine.attention import Kernel
+from tetriserve.engine.sequence import SequenceParallel, ShardPlan
+from tetriserve.errors import ConfigError
+from tetriserve.request import GenerateRequest, ModelInfo
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the server's owner allows; None is the family's own default."""
+
+    name: str
+    max_sequence_length: int | None = None
+    default_steps: int | None = None
+    max_steps: int = 200
+    max_pixels: int = 2048 * 2048
+    max_prompt_chars: int = 4096
+    description: str = ""
+
+
+@dataclass
+class RequestState:
+    """A request on a GPU between two steps.
+
+    Attributes:
+        conditioning: what the encoders made of the prompt; constant.
+        latents: as the pipeline's step loop holds them, batch 1.
+        sampler: this request's own diffusers scheduler (they are not thread-safe and hold step state).
+        step: denoising steps done.
+    """
+
+    request: GenerateRequest
+    conditioning: dict[str, torch.Tensor]
+    latents: torch.Tensor
+    sampler: Any
+    step: int = 0
+
+
+class ModelAdapter(ABC):
+    """A diffusers pipeline taken apart into phases; subclasses know one family.
+
+    Encoding, timesteps, latent packing and decoding are the pipeline's own code, so pictures are those of
+    the plain pipeline.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    family: ClassVar[str]
+    shard_plan: ClassVar[ShardPlan]
+
+    def __init__(self, pipeline: Any, limits: ModelLimits, kernel: Kernel) -> None:
+        self.pipeline = pipeline
+        self.device = pipeline.transformer.device
+        if getattr(pipeline.scheduler.config, "stochastic_sampling", False):
+            raise ConfigError("model: stochastic_sampling is not supported, seeds could not be honoured")
+        self.info = self._info(limits)
+        self.sequence_parallel = SequenceParallel(pipeline.transformer, self.shard_plan, kernel)
+        self._install_attention()
+
+    @abstractmethod
+    def _info(self, limits: ModelLimits) -> ModelInfo:
+        """Limits and defaults of the loaded model."""
+
+    @abstractmethod
+    def _install_attention(self) -> None:
+        """Give the transformer attention processors that call `self.sequence_parallel.attend`."""
+
+    @abstractmethod
+    def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
+        """Conditioning tensors of a prompt (and negative prompt where guidance uses it)."""
+
+    @abstractmethod
+    def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        """Initial noise from the request's seed and a sampler with its timesteps, as the pipeline does it."""
+
+    @abstractmethod
+    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
+        """The transformer's prediction for the whole latents, guidance applied; runs on the current group."""
+
+    @abstractmethod
+    def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
+        """Finished latents to a picture, uint8 [height, width, 3]."""
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with the model's defaults filled in."""
+        return replace(
+            request,
+            num_inference_steps=request.num_inference_steps or self.info.default_steps,
+            guidance_scale=self.info.default_guidance_scale
+            if request.guidance_scale is None
+            else request.guidance_scale,
+        )
+
+    def step(self, state: RequestState) -> None:
+        """One denoising step in place. Every member of the current group must call it on equal states."""
+        timestep = state.sampler.timesteps[state.step]
+        noise = self.predict_noise(state, timestep)
+        state.latents = state.sampler.step(noise, timestep, state.latents, return_dict=False)[0]
+        state.step += 1
+
+    def new_sampler(self) -> Any:
+        return copy.deepcopy(self.pipeline.scheduler)
+
+    def generator(self, request: GenerateRequest) -> torch.Generator:
+        """Noise is drawn on the CPU, so that a seed means the same picture on every device."""
+        assert request.seed is not None
+        return torch.Generator("cpu").manual_seed(request.seed)
+
+    def _image(self, latents: torch.Tensor) -> np.ndarray:
+        pipeline = self.pipeline
+        latents = latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
+        pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
+        return np.asarray(pipeline.image_processor.postprocess(pixels, output_type="pil")[0])

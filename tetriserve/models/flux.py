@@ -1,0 +1,170 @@
+"""FLUX.1 (dev: distilled guidance; schnell: none), after `FluxPipeline`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+from tetriserve.engine.sequence import SequenceParallel
+from tetriserve.errors import ConfigError
+from tetriserve.models.adapter import ModelAdapter, ModelLimits, RequestState
+from tetriserve.request import GenerateRequest, ModelInfo
+
+
+class FluxAttention:
+    """Joint attention of FLUX's double blocks and self-attention of its single blocks, sharded."""
+
+    def __init__(self, sequence_parallel: SequenceParallel) -> None:
+        self._parallel = sequence_parallel
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        heads = (attn.heads, -1)
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, heads))
+        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, heads))
+        value = attn.to_v(hidden_states).unflatten(-1, heads)
+        if encoder_hidden_states is not None:
+            text_query = attn.norm_added_q(attn.add_q_proj(encoder_hidden_states).unflatten(-1, heads))
+            text_key = attn.norm_added_k(attn.add_k_proj(encoder_hidden_states).unflatten(-1, heads))
+            text_value = attn.add_v_proj(encoder_hidden_states).unflatten(-1, heads)
+            query = torch.cat([text_query, query], dim=1)
+            key = torch.cat([text_key, key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        # single blocks see text and image concatenated already: both kinds attend over the joint sequence
+        output = self._parallel.attend(query, key, value, self._parallel.joint_rows)
+        output = output.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return output
+        text = encoder_hidden_states.shape[1]
+        image_output = attn.to_out[1](attn.to_out[0](output[:, text:].contiguous()))
+        return image_output, attn.to_add_out(output[:, :text].contiguous())
+
+
+class FluxAdapter(ModelAdapter):
+    pipeline_class = FluxPipeline
+    family = "flux"
+    shard_plan = FluxTransformer2DModel._cp_plan
+
+    def _info(self, limits: ModelLimits) -> ModelInfo:
+        config = self.pipeline.transformer.config
+        self._distilled = bool(config.guidance_embeds)
+        longest = 512 if self._distilled else 256  # schnell was trained on 256 text tokens
+        self._text_tokens = limits.max_sequence_length or longest
+        self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
+        if self._text_tokens > 512:
+            raise ConfigError(f"model.max_sequence_length: {self._text_tokens}, FLUX allows at most 512")
+        side = self.pipeline.vae_scale_factor * 2
+        return ModelInfo(
+            name=limits.name,
+            family=self.family,
+            size_multiple=side,
+            token_pixels=side,
+            text_tokens=self._text_tokens,
+            heads=config.num_attention_heads,
+            min_pixels=(8 * side) ** 2,
+            max_pixels=limits.max_pixels,
+            max_side=limits.max_pixels // (8 * side),
+            default_steps=limits.default_steps or (28 if self._distilled else 4),
+            max_steps=limits.max_steps,
+            default_guidance_scale=3.5 if self._distilled else 0.0,
+            max_prompt_chars=limits.max_prompt_chars,
+            description=limits.description,
+        )
+
+    def _install_attention(self) -> None:
+        self.pipeline.transformer.set_attn_processor(FluxAttention(self.sequence_parallel))
+
+    def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
+        prompts = {"": request.prompt}
+        if self._negative(request):
+            prompts["negative_"] = request.negative_prompt or ""
+        conditioning = {}
+        for prefix, prompt in prompts.items():
+            embeds, pooled, _ = self.pipeline.encode_prompt(
+                prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=self._text_tokens
+            )
+            conditioning[f"{prefix}embeds"] = embeds
+            conditioning[f"{prefix}pooled"] = pooled
+        return conditioning
+
+    def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        pipeline, steps = self.pipeline, request.num_inference_steps
+        assert steps is not None
+        latents, _ = pipeline.prepare_latents(
+            1,
+            pipeline.transformer.config.in_channels // 4,
+            request.height,
+            request.width,
+            conditioning["embeds"].dtype,
+            self.device,
+            self.generator(request),
+        )
+        sampler = self.new_sampler()
+        config = sampler.config
+        mu = calculate_shift(
+            latents.shape[1],
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        retrieve_timesteps(sampler, steps, self.device, sigmas=sigmas, mu=mu)
+        sampler.set_begin_index(0)
+        return RequestState(request, conditioning, latents, sampler)
+
+    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
+        noise = self._forward(state, timestep, "")
+        if self._negative(state.request):
+            scale = state.request.true_cfg_scale
+            negative = self._forward(state, timestep, "negative_")
+            noise = negative + scale * (noise - negative)
+        return noise
+
+    def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
+        pipeline = self.pipeline
+        return self._image(
+            pipeline._unpack_latents(latents, request.height, request.width, pipeline.vae_scale_factor)
+        )
+
+    @staticmethod
+    def _negative(request: GenerateRequest) -> bool:
+        """FLUX runs the negative prompt only under true classifier-free guidance."""
+        return request.negative_prompt is not None and (request.true_cfg_scale or 1.0) > 1.0
+
+    def _forward(self, state: RequestState, timestep: torch.Tensor, prefix: str) -> torch.Tensor:
+        request, latents, embeds = state.request, state.latents, state.conditioning[f"{prefix}embeds"]
+        guidance = None
+        if self._distilled:
+            guidance = torch.full([1], request.guidance_scale, device=self.device, dtype=torch.float32)
+        return self.pipeline.transformer(
+            hidden_states=latents,
+            timestep=timestep.expand(1).to(latents.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=state.conditioning[f"{prefix}pooled"],
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=self.device, dtype=latents.dtype),
+            img_ids=self._image_ids(request.height, request.width, latents.dtype),
+            return_dict=False,
+        )[0]
+
+    def _make_image_ids(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        token = self.info.token_pixels
+        return self.pipeline._prepare_latent_image_ids(
+            1, height // token, width // token, self.device, dtype
+        )

@@ -1,0 +1,46 @@
+"""From a model folder or hub id to an adapter on a device, by the real `from_pretrained`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from tetriserve.engine.attention import Kernel
+from tetriserve.errors import ConfigError
+from tetriserve.models.adapter import ModelAdapter, ModelLimits
+from tetriserve.models.embedded import EMBEDDED, embedded_folder
+from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.sd3 import SD3Adapter
+
+ADAPTERS: dict[str, type[ModelAdapter]] = {
+    adapter.pipeline_class.__name__: adapter for adapter in (FluxAdapter, SD3Adapter)
+}
+
+
+def load_model(
+    path: str,
+    limits: ModelLimits,
+    kernel: Kernel,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+) -> ModelAdapter:
+    """Load a diffusers pipeline. Raises `ConfigError` when the folder is missing or of no known family."""
+    source = str(embedded_folder()) if path == EMBEDDED else path
+    try:
+        index = DiffusionPipeline.load_config(source, revision=revision)
+    except (OSError, ValueError) as error:
+        missing = "no such folder" if not Path(source).exists() else str(error).splitlines()[0]
+        raise ConfigError(f"model.path: cannot read {source!r}: {missing}") from None
+    adapter = ADAPTERS.get(index["_class_name"])
+    if adapter is None:
+        raise ConfigError(
+            f"model.path: {source!r} is a {index['_class_name']}, supported are {', '.join(sorted(ADAPTERS))}"
+        )
+    pipeline = adapter.pipeline_class.from_pretrained(source, dtype=dtype, revision=revision)
+    pipeline.to(device)
+    pipeline.transformer.eval()
+    return adapter(pipeline, limits, kernel)

@@ -1,0 +1,365 @@
+"""The round state machine: events in, plans out, with `now` passed in (design: "One brain").
+
+The Ray actor and the simulator drive this same object; only the executor and the clock differ. Planning is
+split in two so that a caller may run the policy elsewhere: `snapshot` -> policy -> `commit`. Whatever
+happens in between (arrivals, cancellations, lost GPUs) is respected at commit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot
+
+EPSILON_S = 1e-9
+QUEUE_DEPTH = 2
+"""Assignments a GPU may hold: the running one and the one behind it, so that it never waits for the brain."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A committed step range.
+
+    Attributes:
+        seq: global plan order; every GPU executes its assignments in increasing `seq`.
+        request_ids: the requests of one step batch (one request until step batching exists).
+        first_step: index of the first denoising step; 0 for encode and decode.
+        start_s, end_s: predicted, on the caller's clock.
+        after: for each GPU of `gpus`, the `seq` of the assignment before this one there, -1 for none.
+    """
+
+    seq: int
+    request_ids: tuple[str, ...]
+    kind: str
+    gpus: tuple[int, ...]
+    first_step: int
+    steps: int
+    start_s: float
+    end_s: float
+    after: tuple[int, ...]
+
+    @property
+    def degree(self) -> int:
+        return len(self.gpus)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What one decision committed, in plan order."""
+
+    assignments: tuple[Assignment, ...]
+    boundary_s: float
+
+
+@dataclass
+class _Open:
+    """An open request: its chain of phases and how far it is committed and confirmed, in whole steps."""
+
+    id: str
+    arrival_s: float
+    deadline_s: float
+    phases: tuple[Phase, ...]
+    priority: int
+    drop_late: bool
+    committed: int = 0
+    confirmed: int = 0
+    ready_s: float = 0.0
+    gpus: tuple[int, ...] = ()
+    set_aside: bool = False
+    outstanding: list[int] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def remaining(self) -> tuple[Phase, ...]:
+        """Phases not yet committed."""
+        skip, left = self.committed, []
+        for phase in self.phases:
+            if skip >= phase.steps:
+                skip -= phase.steps
+                continue
+            left.append(Phase(phase.kind, phase.steps - skip, phase.step_s))
+            skip = 0
+        return tuple(left)
+
+    def first_step(self) -> int:
+        """Index of the next uncommitted step within its own phase."""
+        skip = self.committed
+        for phase in self.phases:
+            if skip < phase.steps:
+                return skip
+            skip -= phase.steps
+        return 0
+
+
+class RoundScheduler:
+    """Keeps the open requests and the board, and turns a policy's packings into committed assignments.
+
+    Args:
+        policy: decides; see `solver.policies`.
+        n_gpus: GPUs of the cell, numbered from 0.
+        round_s: fixed round length; None derives it from the open requests: `policy.round_steps` steps of the
+            largest open shape at its fastest degree (packing.md, "Round structure").
+        min_round_s: floor of the derived length; keeps the per-range overhead of an executor small.
+        lead_s: how long before a GPU frees its next work is committed; 0 in simulation. An executor sets it
+            to what planning and dispatch take, so that GPUs do not wait for the brain.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        n_gpus: int,
+        *,
+        round_s: float | None = None,
+        min_round_s: float = 0.0,
+        lead_s: float = 0.0,
+    ) -> None:
+        if n_gpus < 1:
+            raise ValueError(f"n_gpus must be at least 1, got {n_gpus}")
+        if round_s is not None and not 0 < round_s < math.inf:
+            raise ValueError(f"round_s must be a positive number of seconds, got {round_s}")
+        self.policy = policy
+        self.n_gpus = n_gpus
+        self.lead_s = lead_s
+        self._round_s = round_s
+        self._min_round_s = min_round_s
+        self._boundary_s = -math.inf
+        self._seq = 0
+        self._open: dict[str, _Open] = {}
+        self._running: dict[int, Assignment] = {}
+        self._queue: list[list[int]] = [[] for _ in range(n_gpus)]
+        self._free_at_s = [-math.inf] * n_gpus
+        self._last_seq = [-1] * n_gpus
+
+    # ---- events -------------------------------------------------------------------------------------------
+
+    def arrived(
+        self,
+        request_id: str,
+        phases: Sequence[Phase],
+        now_s: float,
+        deadline_s: float = math.inf,
+        *,
+        priority: int = 0,
+        drop_late: bool = False,
+    ) -> None:
+        """A request enters with its chain of phases. Raises ValueError on a duplicate id or impossible chain."""
+        if request_id in self._open:
+            raise ValueError(f"request {request_id} is already open")
+        for phase in phases:
+            if phase.steps < 1 or not any(degree <= self.n_gpus for degree in phase.step_s):
+                raise ValueError(f"request {request_id}: no GPU set can run its {phase.kind} phase")
+        self._open[request_id] = _Open(
+            request_id, now_s, deadline_s, tuple(phases), priority, drop_late, ready_s=now_s
+        )
+
+    def finished(self, seq: int, now_s: float) -> bool:
+        """A step range was reported done. True when it was the last one of its request, which then leaves."""
+        assignment = self._retire(seq, now_s)
+        done = False
+        for request_id in assignment.request_ids:
+            request = self._open.get(request_id)
+            if request is None:
+                continue
+            request.outstanding.remove(seq)
+            request.confirmed += assignment.steps
+            if not request.outstanding:
+                request.ready_s = now_s
+            if request.confirmed >= request.total:
+                del self._open[request_id]
+                done = True
+        return done
+
+    def aborted(self, seq: int, now_s: float) -> None:
+        """A step range did not happen: its steps do not count and will be planned again (promise 3).
+
+        Ranges of the same request committed behind it must be reported aborted too.
+        """
+        assignment = self._retire(seq, now_s)
+        for request_id in assignment.request_ids:
+            request = self._open.get(request_id)
+            if request is None:
+                continue
+            request.outstanding.remove(seq)
+            request.committed = request.confirmed
+            request.ready_s = now_s
+
+    def cancelled(self, request_id: str) -> bool:
+        """Forget an open request; ranges already committed still run. False when it is not open."""
+        return self._open.pop(request_id, None) is not None
+
+    def gpu_lost(self, gpu: int) -> None:
+        """Take a GPU off the board. Its outstanding assignments must be reported aborted by the caller."""
+        self._free_at_s[gpu] = math.inf
+        for request in self._open.values():
+            request.gpus = tuple(g for g in request.gpus if g != gpu)
+
+    def gpu_back(self, gpu: int, now_s: float) -> None:
+        self._free_at_s[gpu] = now_s
+        self._last_seq[gpu] = -1
+
+    def expired(self, now_s: float) -> list[str]:
+        """Requests with `drop_late` that can no longer be on time; the caller ends and cancels them."""
+        return [
+            request.id
+            for request in self._open.values()
+            if request.drop_late and not request.outstanding and self._job(request, now_s).is_late(now_s)
+        ]
+
+    # ---- decisions ----------------------------------------------------------------------------------------
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """The board as the policy shall see it. Moves the round boundary on when `now_s` has reached it."""
+        jobs = tuple(
+            self._job(request, now_s) for request in self._open.values() if request.committed < request.total
+        )
+        round_s = self.round_s(jobs)
+        if now_s + self.lead_s >= self._boundary_s - EPSILON_S:
+            self._boundary_s = max(now_s, self._boundary_s if self._running else now_s) + round_s
+        return Snapshot(
+            now_s=now_s,
+            round_s=round_s,
+            free_at_s=tuple(self._free_at(gpu, now_s) for gpu in range(self.n_gpus)),
+            jobs=jobs,
+            next_boundary_s=self._boundary_s,
+        )
+
+    def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
+        """Commit the entries that start within the window, cut to whole steps that reach the boundary."""
+        for request in self._open.values():
+            request.set_aside = request.id in packing.set_aside
+        window_s = max(snapshot.now_s, now_s) + self.lead_s + EPSILON_S
+        # an entry planned behind one that could not be committed must wait for the next decision
+        blocked_gpus: set[int] = set()
+        blocked_jobs: set[str] = set()
+        committed = []
+        for entry in sorted(packing.entries, key=lambda e: (e.start_s, e.end_s)):
+            if entry.start_s > window_s:
+                break
+            free = blocked_gpus.isdisjoint(entry.gpus) and entry.job_id not in blocked_jobs
+            assignment = self._commit_entry(entry, now_s) if free else None
+            if assignment is not None:
+                committed.append(assignment)
+            if assignment is None or assignment.steps < entry.steps:
+                blocked_gpus.update(entry.gpus)
+                blocked_jobs.add(entry.job_id)
+        return RoundPlan(tuple(committed), self._boundary_s)
+
+    def plan(self, now_s: float) -> RoundPlan:
+        """Snapshot, policy and commit in one go."""
+        snapshot = self.snapshot(now_s)
+        if not snapshot.jobs:
+            return RoundPlan((), self._boundary_s)
+        return self.commit(snapshot, self.policy(snapshot), now_s)
+
+    def next_wakeup_s(self, now_s: float) -> float:
+        """When to decide next if nothing happens before: a boundary, a GPU about to be free; inf if idle."""
+        if all(request.committed >= request.total for request in self._open.values()):
+            return math.inf
+        instants = [self._boundary_s - self.lead_s]
+        if self.policy.replans_on_arrival:
+            instants += [free_at - self.lead_s for free_at in self._free_at_s]
+        ahead = [t for t in instants if now_s + EPSILON_S < t < math.inf]
+        # an overdue boundary (only reports can free a GPU now) is looked at again one round later
+        return min(ahead, default=now_s + self.round_s(()))
+
+    def round_s(self, jobs: Iterable[Job] = ()) -> float:
+        """The round length for these jobs; for none, for all that is open."""
+        if self._round_s is not None:
+            return self._round_s
+        chains = [job.phases for job in jobs] or [request.phases for request in self._open.values()]
+        steps = [p.fastest_step_s for chain in chains for p in chain if p.kind == "denoise"]
+        return max(self.policy.round_steps * max(steps, default=0.0), self._min_round_s, 1e-3)
+
+    # ---- state for others ---------------------------------------------------------------------------------
+
+    @property
+    def open_ids(self) -> list[str]:
+        return list(self._open)
+
+    @property
+    def running(self) -> list[Assignment]:
+        """Assignments committed and not yet reported, in plan order."""
+        return [self._running[seq] for seq in sorted(self._running)]
+
+    def predicted_drain_s(self, now_s: float) -> float:
+        """Seconds until the open requests are done if all GPUs share them at their cheapest degree."""
+        alive = [free for free in self._free_at_s if free < math.inf] or [math.inf]
+        busy = sum(max(0.0, free - now_s) for free in alive)
+        work = sum(
+            phase.steps * min(degree * t for degree, t in phase.step_s.items())
+            for request in self._open.values()
+            for phase in request.remaining()
+        )
+        return (busy + work) / len(alive)
+
+    # ---- inside -------------------------------------------------------------------------------------------
+
+    def _job(self, request: _Open, now_s: float) -> Job:
+        return Job(
+            id=request.id,
+            arrival_s=request.arrival_s,
+            deadline_s=request.deadline_s,
+            ready_s=max(request.ready_s, now_s),
+            phases=request.remaining(),
+            gpus=request.gpus,
+            set_aside=request.set_aside,
+            priority=request.priority,
+            slo_s=request.deadline_s - request.arrival_s,
+        )
+
+    def _free_at(self, gpu: int, now_s: float) -> float:
+        """Predicted; a GPU that is overdue or has a full queue is not free now."""
+        free_at = self._free_at_s[gpu]
+        return max(free_at, now_s) if self._queue[gpu] else free_at
+
+    def _commit_entry(self, entry: Entry, now_s: float) -> Assignment | None:
+        request = self._open.get(entry.job_id)
+        if request is None or request.committed >= request.total:
+            return None
+        phase = request.remaining()[0]
+        seconds = phase.step_s.get(entry.degree)
+        if phase.kind != entry.kind or seconds is None:
+            return None
+        full = any(len(self._queue[gpu]) >= QUEUE_DEPTH for gpu in entry.gpus)
+        if full or any(self._free_at_s[gpu] == math.inf for gpu in entry.gpus):
+            return None
+        start_s = max(now_s, request.ready_s, *(self._free_at(gpu, now_s) for gpu in entry.gpus))
+        reach = math.ceil((self._boundary_s - start_s) / max(seconds, EPSILON_S) - 1e-6)
+        steps = min(entry.steps, phase.steps, max(1, reach))
+        end_s = start_s + steps * seconds
+        assignment = Assignment(
+            seq=self._seq,
+            request_ids=(request.id,),
+            kind=phase.kind,
+            gpus=entry.gpus,
+            first_step=request.first_step(),
+            steps=steps,
+            start_s=start_s,
+            end_s=end_s,
+            after=tuple(self._last_seq[gpu] for gpu in entry.gpus),
+        )
+        self._seq += 1
+        self._running[assignment.seq] = assignment
+        for gpu in entry.gpus:
+            self._queue[gpu].append(assignment.seq)
+            self._free_at_s[gpu] = end_s
+            self._last_seq[gpu] = assignment.seq
+        request.committed += steps
+        request.ready_s = end_s
+        request.gpus = entry.gpus
+        request.outstanding.append(assignment.seq)
+        return assignment
+
+    def _retire(self, seq: int, now_s: float) -> Assignment:
+        assignment = self._running.pop(seq)
+        for gpu in assignment.gpus:
+            self._queue[gpu].remove(seq)
+            if self._free_at_s[gpu] == math.inf:
+                continue
+            behind = (self._running[s] for s in self._queue[gpu])
+            self._free_at_s[gpu] = now_s + sum(a.end_s - a.start_s for a in behind)
+        return assignment
