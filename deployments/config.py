@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
 from solver.policies import POLICIES
+
 from tetriserve.errors import ConfigError
 from tetriserve.request import Shape
 
@@ -110,7 +110,9 @@ class ProfileArgs(_Section):
         ("256x256", "512x512", "1024x1024"), min_length=1, description='"HxW" shapes to measure.'
     )
     warmup: int = Field(1, ge=0, le=20, description="Steps before the measured ones, per shape and degree.")
-    repeats: int = Field(3, ge=1, le=100, description="Measured steps per shape and degree; the median counts.")
+    repeats: int = Field(
+        3, ge=1, le=100, description="Measured steps per shape and degree; the median counts."
+    )
     cache_dir: str | None = Field(None, description="Default: ~/.cache/tetriserve/profiles.")
 
     @field_validator("shapes")

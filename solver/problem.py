@@ -68,7 +68,7 @@ class Snapshot:
     """The board and the open requests at one instant of decision.
 
     Attributes:
-        round_s: round length; the next boundary is `now_s + round_s`.
+        round_s: round length.
         free_at_s: per GPU, when its committed work ends (`<= now_s` when idle), `math.inf` when lost.
     """
 
@@ -76,10 +76,12 @@ class Snapshot:
     round_s: float
     free_at_s: tuple[float, ...]
     jobs: tuple[Job, ...]
+    next_boundary_s: float | None = None
 
     @property
     def boundary_s(self) -> float:
-        return self.now_s + self.round_s
+        """The next round boundary, one round from now unless the caller knows better."""
+        return self.now_s + self.round_s if self.next_boundary_s is None else self.next_boundary_s
 
 
 @dataclass(frozen=True)

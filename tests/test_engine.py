@@ -105,9 +105,7 @@ class Journey:
         for gpu in gpus:
             conditioning = None if gpu in self.knows else self.conditioning
             latents = None if gpu in self.holders else self.latents
-            self.pool.send(
-                gpu, self.model, "denoise", self.id, gpus, self.step, steps, conditioning, latents
-            )
+            self.pool.send(gpu, self.model, "denoise", self.id, gpus, self.step, steps, conditioning, latents)
         for gpu in gpus:
             self.pool.receive(gpu)
         self.step += steps
@@ -228,7 +226,7 @@ def test_state_is_checked(pool) -> None:
     model, request = REQUESTS["square"]
     journey = Journey(pool, model, request, gpu=0)
     journey.run((0,), 2)
-    with pytest.raises(RuntimeError, match="is at step 2 .* expected 3"):
+    with pytest.raises(RuntimeError, match=r"is at step 2 .* expected 3"):
         pool.call((0,), model, "denoise", journey.id, (0,), 3, 1)
     with pytest.raises(RuntimeError, match="no state on GPU 2"):
         pool.call((2,), model, "denoise", journey.id, (2,), 2, 1)

@@ -19,7 +19,6 @@ def serve(options: argparse.Namespace) -> int:
     from deployments.local import run
 
     run(options.config, options.host, options.port)
-    return 0
 
 
 def generate(options: argparse.Namespace) -> int:

@@ -79,6 +79,8 @@ class ModelInfo:
         token_pixels: pixels along one side that make one sequence token.
         text_tokens: length of the text sequence, sharded beside the image tokens.
         heads: attention heads; a degree that does not divide them runs ring attention.
+        cfg_field: the request field that switches classifier-free guidance on when above 1
+            ("true_cfg_scale" beside a negative prompt, or "guidance_scale").
     """
 
     name: str
@@ -87,6 +89,7 @@ class ModelInfo:
     token_pixels: int
     text_tokens: int
     heads: int
+    cfg_field: str
     min_pixels: int
     max_pixels: int
     max_side: int
@@ -105,7 +108,8 @@ class ModelInfo:
         """The reason why a shape cannot be served, or None."""
         for name, side in (("height", shape.height), ("width", shape.width)):
             if side <= 0 or side % self.size_multiple:
-                near = max(self.size_multiple, round(side / self.size_multiple) * self.size_multiple)
+                multiple = self.size_multiple
+                near = max(multiple, (side + multiple // 2) // multiple * multiple)
                 return f"{name} {side} is not a positive multiple of {self.size_multiple} (nearest: {near})"
             if side > self.max_side:
                 return f"{name} {side} is above {self.max_side}, the longest side of {self.name}"
@@ -124,6 +128,13 @@ class ModelInfo:
         if degree > shortest:
             return f"degree {degree} is above the {shortest} tokens of the shortest sequence"
         return None
+
+    def guided(self, request: GenerateRequest) -> bool:
+        """Whether classifier-free guidance runs: two forward passes per step instead of one."""
+        if self.cfg_field == "true_cfg_scale":
+            return request.negative_prompt is not None and (request.true_cfg_scale or 1.0) > 1.0
+        scale = request.guidance_scale
+        return (self.default_guidance_scale if scale is None else scale) > 1.0
 
     def check(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` naming the first field this model cannot serve."""
@@ -181,7 +192,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an open request is: `steps_done` of `steps` denoising steps; `phase` is what runs or waits next."""
+    """How far an open request is: `steps_done` of `steps` denoising steps, `phase` is the last one that ran."""
 
     request_id: str
     phase: str

@@ -69,6 +69,12 @@ class _Open:
     gpus: tuple[int, ...] = ()
     set_aside: bool = False
     outstanding: list[int] = field(default_factory=list)
+    aborting: bool = False
+
+    @property
+    def plannable(self) -> bool:
+        """Has steps to commit, and no range in flight that is bound to fail with an earlier one."""
+        return self.committed < self.total and not self.aborting
 
     @property
     def total(self) -> int:
@@ -146,7 +152,8 @@ class RoundScheduler:
         priority: int = 0,
         drop_late: bool = False,
     ) -> None:
-        """A request enters with its chain of phases. Raises ValueError on a duplicate id or impossible chain."""
+        """A request enters with its chain of phases. Raises ValueError on a duplicate id or a chain that
+        no GPU set can run."""
         if request_id in self._open:
             raise ValueError(f"request {request_id} is already open")
         for phase in phases:
@@ -176,7 +183,7 @@ class RoundScheduler:
     def aborted(self, seq: int, now_s: float) -> None:
         """A step range did not happen: its steps do not count and will be planned again (promise 3).
 
-        Ranges of the same request committed behind it must be reported aborted too.
+        Ranges of the same request committed behind it must be reported aborted too; planning waits for that.
         """
         assignment = self._retire(seq, now_s)
         for request_id in assignment.request_ids:
@@ -184,8 +191,10 @@ class RoundScheduler:
             if request is None:
                 continue
             request.outstanding.remove(seq)
-            request.committed = request.confirmed
-            request.ready_s = now_s
+            request.aborting = bool(request.outstanding)
+            if not request.aborting:
+                request.committed = request.confirmed
+                request.ready_s = now_s
 
     def cancelled(self, request_id: str) -> bool:
         """Forget an open request; ranges already committed still run. False when it is not open."""
@@ -213,9 +222,7 @@ class RoundScheduler:
 
     def snapshot(self, now_s: float) -> Snapshot:
         """The board as the policy shall see it. Moves the round boundary on when `now_s` has reached it."""
-        jobs = tuple(
-            self._job(request, now_s) for request in self._open.values() if request.committed < request.total
-        )
+        jobs = tuple(self._job(request, now_s) for request in self._open.values() if request.plannable)
         round_s = self.round_s(jobs)
         if now_s + self.lead_s >= self._boundary_s - EPSILON_S:
             self._boundary_s = max(now_s, self._boundary_s if self._running else now_s) + round_s
@@ -257,7 +264,7 @@ class RoundScheduler:
 
     def next_wakeup_s(self, now_s: float) -> float:
         """When to decide next if nothing happens before: a boundary, a GPU about to be free; inf if idle."""
-        if all(request.committed >= request.total for request in self._open.values()):
+        if not any(request.plannable for request in self._open.values()):
             return math.inf
         instants = [self._boundary_s - self.lead_s]
         if self.policy.replans_on_arrival:
@@ -318,7 +325,7 @@ class RoundScheduler:
 
     def _commit_entry(self, entry: Entry, now_s: float) -> Assignment | None:
         request = self._open.get(entry.job_id)
-        if request is None or request.committed >= request.total:
+        if request is None or not request.plannable:
             return None
         phase = request.remaining()[0]
         seconds = phase.step_s.get(entry.degree)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,23 +17,9 @@ from tetriserve.engine.latents import (
     unpack_conditioning,
     unpack_state,
 )
+from tetriserve.engine.report import Report
 from tetriserve.models.adapter import ModelAdapter, RequestState
 from tetriserve.request import GenerateRequest, Shape
-
-
-@dataclass(frozen=True)
-class Report:
-    """When an assignment ran on one GPU (Unix seconds) and what it took.
-
-    Attributes:
-        switch_s: from the start to the first step: installing handed-over state and choosing the group.
-        peak_memory_bytes: of the device since the last report, 0 on CPU.
-    """
-
-    started_s: float
-    ended_s: float
-    switch_s: float
-    peak_memory_bytes: int
 
 
 class Engine:

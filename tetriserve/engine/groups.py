@@ -44,10 +44,8 @@ class SPGroup:
         base, more = divmod(length, self.degree)
         return tuple(base + (rank < more) for rank in range(self.degree))
 
-    def all_to_all(
-        self, sent: torch.Tensor, sent_rows: Sequence[int], rows: Sequence[int]
-    ) -> torch.Tensor:
-        """Exchange row blocks: block j of contiguous `sent` goes to rank j; all ranks' blocks come back in order.
+    def all_to_all(self, sent: torch.Tensor, sent_rows: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        """Exchange row blocks: block j of contiguous `sent` goes to rank j, all ranks' blocks come back.
 
         Args:
             sent: [sum(sent_rows), ...].
@@ -118,10 +116,11 @@ class GroupTable:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _timeout()
             return dist.ProcessGroupNCCL(store, rank, size, options)
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=LOOPBACK)]
         options._timeout = _timeout()
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        return gloo(store, rank, size, options)
 
 
 def _timeout() -> datetime.timedelta:

@@ -154,4 +154,3 @@ class SequenceParallel:
             return self._gather_rows(output, shard.gather_dim, self.image_rows)
 
         return hook
-

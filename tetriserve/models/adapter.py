@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from tetriserve.engine.attention import Kernel
 from tetriserve.engine.sequence import SequenceParallel, ShardPlan
@@ -55,7 +54,7 @@ class ModelAdapter(ABC):
     the plain pipeline.
     """
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    pipeline_class: ClassVar[Any]
     family: ClassVar[str]
     shard_plan: ClassVar[ShardPlan]
 

@@ -1,22 +1,24 @@
 """The embedded model: a FLUX pipeline folder small enough for CPU cores, made with no network.
 
 Weights are random but seeded, so every machine makes the same folder; pictures are coloured noise until a
-trained model takes its place. `make_text_stack` and `save_pipeline` also build the small folders of the tests.
+trained model takes its place. `make_text_stack` and `make_vae` also build the small folders of the tests.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -29,7 +31,7 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 logger = logging.getLogger(__name__)
@@ -39,16 +41,20 @@ VERSION = "embedded-flux-v1"
 TEXT_TOKENS = 64
 """Sequence length of the T5 encoder that the embedded model is made for."""
 
-_WORDS = (
-    "a an the and on of to in with above below left right small large big tiny red green blue yellow orange "
-    "purple pink black white grey gray brown cyan circle square triangle star cross ring diamond heart "
-    "background picture photo"
-).split()
+_WORDS = tuple(
+    (
+        "a an the and on of to in with above below left right small large big tiny red green blue yellow orange "
+        "purple pink black white grey gray brown cyan circle square triangle star cross ring diamond heart "
+        "background picture photo"
+    ).split()
+)
 
 
 def embedded_folder(cache_dir: Path | None = None) -> Path:
     """The folder of the embedded model, made on first use. Safe with several processes at once."""
-    root = cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tetriserve" / "models"
+    root = (
+        cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tetriserve" / "models"
+    )
     folder = root / VERSION
     if not (folder / "model_index.json").exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -73,7 +79,7 @@ def make_flux(
     double_blocks: int = 2,
     single_blocks: int = 4,
     guidance_embeds: bool = True,
-    vae_channels: tuple[int, ...] = (16, 24, 32, 32),
+    vae_channels: tuple[int, ...] = (8, 16, 24, 32),
     seed: int = 0,
 ) -> None:
     """Write a FLUX pipeline folder with random weights (`FluxPipeline.from_pretrained` loads it)."""
@@ -91,7 +97,7 @@ def make_flux(
             guidance_embeds=guidance_embeds,
             axes_dims_rope=(head_dim - 2 * axis, axis, axis),
         )
-        pipeline = FluxPipeline(
+        pipeline: Any = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(
                 shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
             ),
@@ -102,7 +108,7 @@ def make_flux(
             tokenizer_2=text["t5_tokenizer"],
             transformer=transformer,
         )
-    save_pipeline(pipeline, folder)
+    pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def make_vae(channels: tuple[int, ...]) -> AutoencoderKL:
@@ -140,9 +146,14 @@ def make_text_stack(width: int, *, projected: bool = False) -> dict[str, Any]:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"▁{word}", -2.0) for word in _WORDS]
     pieces += [("▁", -4.0)] + [(chr(code), -6.0) for code in range(33, 127)]
-    t5_tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    t5_tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
     t5_config = T5Config(
-        vocab_size=len(t5_tokenizer), d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=2, num_heads=4
+        vocab_size=len(t5_tokenizer),
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
     )
     return {
         "clip_tokenizer": clip_tokenizer,
@@ -152,12 +163,7 @@ def make_text_stack(width: int, *, projected: bool = False) -> dict[str, Any]:
     }
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write the folder in safetensors; Linear layers that diffusers zero-initialises stay as they are."""
-    pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _bpe() -> tuple[dict[str, int], list[Any]]:
     """A byte-level BPE in CLIP's form, trained on the grammar's words: any text can be encoded."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -174,21 +180,16 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
         vocabulary.setdefault(f"{symbol}</w>", len(vocabulary))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
-    import json
-
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
-    return vocabulary, merges  # type: ignore[return-value]
+    return vocabulary, merges
 
 
-class _seeded:
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     """Fix torch's global generator for a block and put it back afterwards."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __enter__(self) -> None:
-        self._state = torch.get_rng_state()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_rng_state(self._state)
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

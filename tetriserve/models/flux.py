@@ -76,6 +76,7 @@ class FluxAdapter(ModelAdapter):
             token_pixels=side,
             text_tokens=self._text_tokens,
             heads=config.num_attention_heads,
+            cfg_field="true_cfg_scale",
             min_pixels=(8 * side) ** 2,
             max_pixels=limits.max_pixels,
             max_side=limits.max_pixels // (8 * side),
@@ -91,7 +92,7 @@ class FluxAdapter(ModelAdapter):
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
         prompts = {"": request.prompt}
-        if self._negative(request):
+        if self.info.guided(request):
             prompts["negative_"] = request.negative_prompt or ""
         conditioning = {}
         for prefix, prompt in prompts.items():
@@ -123,17 +124,17 @@ class FluxAdapter(ModelAdapter):
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        sigmas: Any = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
         retrieve_timesteps(sampler, steps, self.device, sigmas=sigmas, mu=mu)
         sampler.set_begin_index(0)
         return RequestState(request, conditioning, latents, sampler)
 
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         noise = self._forward(state, timestep, "")
-        if self._negative(state.request):
-            scale = state.request.true_cfg_scale
+        if self.info.guided(state.request):
+            assert state.request.true_cfg_scale is not None
             negative = self._forward(state, timestep, "negative_")
-            noise = negative + scale * (noise - negative)
+            noise = negative + state.request.true_cfg_scale * (noise - negative)
         return noise
 
     def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
@@ -142,14 +143,10 @@ class FluxAdapter(ModelAdapter):
             pipeline._unpack_latents(latents, request.height, request.width, pipeline.vae_scale_factor)
         )
 
-    @staticmethod
-    def _negative(request: GenerateRequest) -> bool:
-        """FLUX runs the negative prompt only under true classifier-free guidance."""
-        return request.negative_prompt is not None and (request.true_cfg_scale or 1.0) > 1.0
-
     def _forward(self, state: RequestState, timestep: torch.Tensor, prefix: str) -> torch.Tensor:
         request, latents, embeds = state.request, state.latents, state.conditioning[f"{prefix}embeds"]
         guidance = None
+        assert request.guidance_scale is not None
         if self._distilled:
             guidance = torch.full([1], request.guidance_scale, device=self.device, dtype=torch.float32)
         return self.pipeline.transformer(
@@ -165,6 +162,4 @@ class FluxAdapter(ModelAdapter):
 
     def _make_image_ids(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         token = self.info.token_pixels
-        return self.pipeline._prepare_latent_image_ids(
-            1, height // token, width // token, self.device, dtype
-        )
+        return self.pipeline._prepare_latent_image_ids(1, height // token, width // token, self.device, dtype)

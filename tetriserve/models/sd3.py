@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from tetriserve.engine.sequence import SequenceParallel
+from tetriserve.engine.sequence import SequenceParallel, ShardPlan
 from tetriserve.models.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.request import GenerateRequest, ModelInfo
 
@@ -57,7 +57,7 @@ class SD3Adapter(ModelAdapter):
     pipeline_class = StableDiffusion3Pipeline
     family = "sd3"
     # diffusers ships no plan for SD3: tokens exist between the patch embedding and the last projection
-    shard_plan = {
+    shard_plan: ClassVar[ShardPlan] = {
         "pos_embed": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "context_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
@@ -74,6 +74,7 @@ class SD3Adapter(ModelAdapter):
             token_pixels=side,
             text_tokens=pipeline.tokenizer_max_length + self._t5_tokens,
             heads=config.num_attention_heads,
+            cfg_field="guidance_scale",
             min_pixels=(8 * side) ** 2,
             max_pixels=limits.max_pixels,
             max_side=config.pos_embed_max_size * side,
@@ -88,7 +89,7 @@ class SD3Adapter(ModelAdapter):
         self.pipeline.transformer.set_attn_processor(SD3Attention(self.sequence_parallel))
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
-        guided = self._guided(request)
+        guided = self.info.guided(request)
         embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompt=request.prompt,
             prompt_2=None,
@@ -129,7 +130,7 @@ class SD3Adapter(ModelAdapter):
         return RequestState(request, conditioning, latents, sampler)
 
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
-        guided = self._guided(state.request)
+        guided = self.info.guided(state.request)
         latents = torch.cat([state.latents] * 2) if guided else state.latents
         noise = self.pipeline.transformer(
             hidden_states=latents,
@@ -145,7 +146,3 @@ class SD3Adapter(ModelAdapter):
 
     def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
         return self._image(latents)
-
-    @staticmethod
-    def _guided(request: GenerateRequest) -> bool:
-        return (request.guidance_scale or 0.0) > 1.0

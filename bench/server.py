@@ -1,0 +1,31 @@
+"""A server for the length of a benchmark."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def running_server(config: Path) -> Iterator[str]:
+    """`tetriserve serve` with a config on a free port; yields its URL and stops it afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "tetriserve"), "serve"]
+    process = subprocess.Popen(
+        [*command, "--config", str(config), "--port", str(port)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        if not any("tetriserve is ready" in line for line in process.stdout):
+            raise RuntimeError(f"the server did not start with {config}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)

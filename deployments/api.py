@@ -1,0 +1,274 @@
+"""The HTTP contract in types: what a request body may hold, what a response body holds, which error is which.
+
+Only types and what is purely HTTP is checked here; whether the model can serve a request is the cell's
+knowledge (`ModelInfo.check`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import from_json
+
+from tetriserve.errors import (
+    DeadlineInfeasible,
+    GenerationFailed,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    TetriserveError,
+)
+from tetriserve.request import GenerateRequest, GenerateResult, Metrics, ModelInfo
+
+QUALITIES = {"default": 75, "low": 35, "medium": 55, "high": 90, "maximum": 100}
+"""Words of `output_quality`, as an encoder's quality in percent."""
+
+ANYWHERE = (
+    "slo_ms",
+    "drop_late",
+    "priority",
+    "num_steps",
+    "runtime_v2_arrival_ms",
+    "runtime_v2_deadline_ms",
+    "runtime_v2_priority",
+)
+"""Keys also looked for inside `extra_args` and `extra_params`."""
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):  # to pydantic a boolean is a number
+        raise ValueError("Input should be a number, not a boolean")
+    return value
+
+
+# 64 bits, so that no later arithmetic meets an integer that no float can hold
+Integer = Annotated[int, BeforeValidator(_no_boolean), Field(ge=-(2**63), lt=2**63)]
+Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+
+
+class ImageRequest(BaseModel):
+    """Body of `POST /v1/images/generations`. Unknown fields are ignored, null means absent.
+
+    Every field may also stand inside `extra_body`; deadline fields inside `extra_args` and `extra_params`
+    too (objects, or strings holding JSON). The outermost one wins.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    prompt: str
+    model: str | None = None
+    n: Annotated[Integer, Field(ge=1)] = 1
+    size: str | None = Field(None, description='"WIDTHxHEIGHT" or "auto"; default 1024x1024.')
+    width: Integer | None = None
+    height: Integer | None = None
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[Integer, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of jpeg and webp in percent; wins over output_quality."
+    )
+    output_quality: Literal["default", "low", "medium", "high", "maximum"] = "default"
+    negative_prompt: str | None = None
+    num_inference_steps: Integer | None = None
+    num_steps: Integer | None = Field(None, description="Used when num_inference_steps is absent.")
+    guidance_scale: Number | None = None
+    true_cfg_scale: Number | None = None
+    seed: Integer | None = None
+    user: str | None = None
+    slo_ms: Positive | None = Field(None, description="Deadline, milliseconds from arrival.")
+    drop_late: bool = Field(False, description="End with an error once the deadline cannot be met.")
+    priority: Integer | None = Field(None, description="Tie-break, larger first.")
+    runtime_v2_arrival_ms: Number | None = None
+    runtime_v2_deadline_ms: Number | None = None
+    runtime_v2_priority: Integer | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        fields = _present(body)
+        fields = _nested(fields, "extra_body") | fields
+        for key in ("extra_args", "extra_params"):
+            inner = _nested(fields, key)
+            fields = {name: inner[name] for name in ANYWHERE if name in inner} | fields
+        return fields
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, size: str | None) -> str | None:
+        if size is None or size == "auto":
+            return None
+        if not re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", size):
+            raise ValueError('must look like "WIDTHxHEIGHT", for example "1024x1024", or be "auto"')
+        return size
+
+    @property
+    def quality(self) -> int:
+        """Encoder quality of jpeg and webp, percent."""
+        return QUALITIES[self.output_quality] if self.output_compression is None else self.output_compression
+
+    @classmethod
+    def parse(cls, body: bytes, max_n: int) -> ImageRequest:
+        """Read a request body. Raises `InvalidRequest` naming the first wrong field."""
+        try:
+            request = cls.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = str(first["loc"][0]) if first["loc"] else "body"
+            raise InvalidRequest(field, first["msg"].removeprefix("Value error, ")) from None
+        if request.n > max_n:
+            raise InvalidRequest("n", f"{request.n}, allowed are 1 to {max_n}")
+        return request
+
+    def generate_requests(self, request_id: str) -> list[GenerateRequest]:
+        """One request per picture; with a seed, picture i gets seed + i.
+
+        Raises `InvalidRequest` if the absolute deadline does not lie after its arrival time.
+        """
+        fields: dict[str, Any] = {
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.num_steps
+            if self.num_inference_steps is None
+            else self.num_inference_steps,
+            "priority": self.runtime_v2_priority if self.priority is None else self.priority,
+            "slo_s": self._slo_s(),
+        }
+        for name in ("model", "negative_prompt", "guidance_scale", "true_cfg_scale", "user", "drop_late"):
+            fields[name] = getattr(self, name)
+        fields = _present(fields)
+        if self.size is not None:
+            width, height = self.size.split("x")
+            fields = {"width": int(width), "height": int(height)} | fields
+        return [
+            GenerateRequest(
+                prompt=self.prompt,
+                seed=None if self.seed is None else self.seed + picture,
+                request_id=request_id if self.n == 1 else f"{request_id}-{picture}",
+                **fields,
+            )
+            for picture in range(self.n)
+        ]
+
+    def _slo_s(self) -> float | None:
+        """Seconds from arrival: `slo_ms`, else the budget between two times on the sender's clock."""
+        if self.slo_ms is not None:
+            return self.slo_ms / 1000
+        if self.runtime_v2_arrival_ms is None or self.runtime_v2_deadline_ms is None:
+            return None
+        budget_ms = self.runtime_v2_deadline_ms - self.runtime_v2_arrival_ms
+        if budget_ms <= 0:
+            raise InvalidRequest("runtime_v2_deadline_ms", "must be later than runtime_v2_arrival_ms")
+        return budget_ms / 1000
+
+
+def _present(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _nested(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key`, written as one or as a string holding JSON; empty when absent."""
+    value = fields.get(key, {})
+    if isinstance(value, str):
+        try:
+            value = from_json(value)
+        except ValueError as error:
+            raise InvalidRequest(key, f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(key, "must be an object or a string holding a JSON object")
+    return _present(value)
+
+
+def metrics_body(metrics: Metrics) -> dict[str, Any]:
+    """`metrics` of a response. Durations in seconds."""
+    return {
+        "stage_durations": {
+            "queue": metrics.queue_s,
+            "encode": metrics.encode_s,
+            "denoise": metrics.denoise_s,
+            "decode": metrics.decode_s,
+            "total": metrics.total_s,
+        },
+        "slo_s": metrics.slo_s,
+        "slo_met": metrics.slo_met,
+        "steps": [
+            {"steps": steps, "degree": degree, "gpus": list(gpus)} for steps, degree, gpus in metrics.steps
+        ],
+        "seed": metrics.seed,
+        "peak_memory_mb": round(metrics.peak_memory_bytes / 2**20, 1),
+    }
+
+
+def image_response(
+    request: ImageRequest, response_id: str, results: list[GenerateResult], pictures: list[str]
+) -> dict[str, Any]:
+    """Body of a generation response; `pictures` are base64.
+
+    Each `data` item carries the `metrics` of its own picture; those at top level are the slowest picture's.
+    """
+    slowest = max(results, key=lambda result: result.metrics.total_s)
+    metrics = metrics_body(slowest.metrics)
+    height, width = slowest.image.shape[:2]
+    return {
+        "id": response_id,
+        "created": int(slowest.created_s),
+        "model": slowest.model,
+        "data": [
+            {"b64_json": picture, "revised_prompt": None, "metrics": metrics_body(result.metrics)}
+            for result, picture in zip(results, pictures, strict=True)
+        ],
+        "output_format": request.output_format,
+        "size": f"{width}x{height}",
+        "metrics": metrics,
+        "inference_time_s": slowest.metrics.inference_s,
+        "peak_memory_mb": metrics["peak_memory_mb"],
+        "usage": {"peak_memory_mb": metrics["peak_memory_mb"]},
+    }
+
+
+def model_body(info: ModelInfo, created_s: int) -> dict[str, Any]:
+    """One entry of OpenAI's model list."""
+    return {"id": info.name, "object": "model", "created": created_s, "owned_by": "tetriserve"}
+
+
+def error_body(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of the answer to a failed request."""
+    if isinstance(error, InvalidRequest):
+        status = 404 if isinstance(error, ModelNotFound) else 400
+        body = error_body(error.message, "invalid_request_error", error.code, error.field)
+        return status, body, {}
+    body = error_body(error.message, "server_error", error.code)
+    if isinstance(error, Overloaded):
+        return 503, body, {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, DeadlineInfeasible):
+        # OpenAI's client repeats a 503 by itself; a deadline that is lost stays lost
+        return 503, body, {"x-should-retry": "false"}
+    return 500, body, {}
+
+
+def as_tetriserve_error(error: BaseException) -> TetriserveError:
+    """The error of ours behind whatever came out of a call to the cell.
+
+    Ray wraps what a remote method raises and keeps the original as `cause`.
+    """
+    for candidate in (getattr(error, "cause", None), error):
+        if isinstance(candidate, TetriserveError):
+            return candidate
+    first_line = str(error).strip().split("\n", 1)[0]
+    return GenerationFailed(f"{type(error).__name__}: {first_line}")

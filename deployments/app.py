@@ -1,0 +1,55 @@
+"""The application builder that cluster configs name: `import_path: deployments.app:build`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.cell import Cell
+from deployments.config import AppArgs, CellArgs
+from deployments.ingress import Ingress
+
+HEALTH_PERIOD_S = 5.0
+HEALTH_TIMEOUT_S = 30.0
+
+STOP_POLL_S = 0.5
+"""How often a stopping replica looks whether its requests are done; Serve's 2 s would slow every stop."""
+
+INGRESS_REQUESTS = 4096
+"""Requests one ingress replica holds at a time; the cells' own queue limit is meant to be met first."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """`Ingress` over `Cell`. Raises `ConfigError`, one line, naming the first wrong key of `args`."""
+    parsed = AppArgs.parse(args)
+    cell = serve.deployment(
+        name="Cell",
+        # the Serve replica only talks; the scheduler actor takes the CPUs of bundle 0 that both live in
+        ray_actor_options={"num_cpus": 0},
+        placement_group_bundles=cell_bundles(parsed.cell),
+        placement_group_strategy="STRICT_PACK",
+        # above the cell's own limit: it answers the surplus at once, and must hear health and status calls
+        max_ongoing_requests=2 * parsed.scheduler.max_open_requests + 64,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=STOP_POLL_S,
+    )(Cell)
+    ingress = serve.deployment(
+        name="Ingress",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=INGRESS_REQUESTS,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=STOP_POLL_S,
+    )(serve.ingress()(Ingress))
+    return ingress.bind(cell.bind(parsed), parsed)
+
+
+def cell_bundles(cell: CellArgs) -> list[dict[str, float]]:
+    """Resources of one cell's placement group: the scheduler's bundle, then one per GPU replica."""
+    replica: dict[str, float] = {"CPU": cell.cpus_per_replica}
+    if cell.device == "cuda":
+        replica["GPU"] = 1
+    return [{"CPU": cell.scheduler_cpus}, *(dict(replica) for _ in range(cell.gpus))]

@@ -1,0 +1,61 @@
+"""A cell as a Serve deployment: one replica is one scheduler actor with the GPUs of one node."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import ray
+
+from deployments.config import AppArgs
+from deployments.scheduler import create_scheduler
+from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
+
+STATUS_TIMEOUT_S = 1.0
+
+
+class Cell:
+    """Thin: Serve gives it a placement group, health checks, routing and autoscaling; the work is below."""
+
+    # Serve awaits an asynchronous constructor: the replica counts as started once the cell can run steps
+    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
+        group = ray.util.get_current_placement_group()
+        if group is None:
+            raise RuntimeError("Cell needs placement_group_bundles; deploy it through deployments.app:build")
+        self._scheduler = create_scheduler(args, group)
+        await self._scheduler.start.remote()
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """`GenerateResult` whose `image` is an object reference to uint8 [height, width, 3]."""
+        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        try:
+            return await self._scheduler.generate.remote(request)
+        except asyncio.CancelledError:
+            self._scheduler.cancel.remote(request.request_id)
+            raise
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
+        """`Progress` after every committed step range, then the `GenerateResult`."""
+        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        finished = False
+        try:
+            async for item in self._scheduler.stream.options(num_returns="streaming").remote(request):
+                value = await item
+                finished = isinstance(value, GenerateResult)
+                yield value
+        finally:
+            if not finished:
+                self._scheduler.cancel.remote(request.request_id)
+
+    async def model_info(self) -> ModelInfo:
+        return await self._scheduler.model_info.remote()
+
+    async def status(self) -> CellStatus:
+        """Answers within a second; raises TimeoutError when the scheduler does not."""
+        return await asyncio.wait_for(self._scheduler.status.remote(), STATUS_TIMEOUT_S)
+
+    async def check_health(self) -> None:
+        """Serve calls this; it fails when steps stop advancing, not only when a process is dead."""
+        await self._scheduler.check_health.remote()

@@ -1,0 +1,303 @@
+"""The front of the application: HTTP in OpenAI's form, and the Python handle's `generate` and `stream`.
+
+It holds no model and no GPU; everything but parsing and image encoding is the cell's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import io
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from PIL import Image
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from deployments.api import (
+    ImageRequest,
+    as_tetriserve_error,
+    describe_error,
+    error_body,
+    image_response,
+    model_body,
+)
+from deployments.config import AppArgs
+from tetriserve import __version__
+from tetriserve.errors import (
+    GenerationFailed,
+    InvalidRequest,
+    ModelNotFound,
+    NotReady,
+    Overloaded,
+    TetriserveError,
+)
+from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
+
+logger = logging.getLogger("ray.serve")
+
+STATUS_TIMEOUT_S = 2.0
+"""How long a cell may take to say how it is; /health answers within this."""
+
+STATUS_AGE_S = 1.0
+"""How old the list of answering cells may be when a request is let in."""
+
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+class Ingress:
+    """Turns HTTP requests into calls of the cell and their results into responses.
+
+    Args:
+        cell: handle of the Cell deployment.
+        args: the application's arguments.
+    """
+
+    def __init__(self, cell: DeploymentHandle, args: AppArgs) -> None:
+        self._cell = cell
+        self._args = args
+        self._info: ModelInfo | None = None
+        self._started_s = int(time.time())
+        self._checked_s = float("-inf")
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray Serve asks for the app once this object exists, so the routes can be its methods."""
+        return build_http(self)
+
+    # -- the Python handle ---------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Make one picture. Raises the errors of `tetriserve.errors`; cancelling this frees the GPUs."""
+        response = self._cell.generate.remote(await self._admit(request))
+        try:
+            result: GenerateResult = await response
+            return await _with_image(result)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            raise _translate(error) from error
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
+        """Like `generate`, but yields `Progress` items on the way; the last item is the result."""
+        response: Any = self._cell.options(stream=True).stream.remote(await self._admit(request))
+        try:
+            async for item in response:
+                yield await _with_image(item) if isinstance(item, GenerateResult) else item
+        except (asyncio.CancelledError, GeneratorExit):
+            response.cancel()
+            raise
+        except Exception as error:
+            raise _translate(error) from error
+
+    # -- what the cells say about themselves ---------------------------------------------------------------
+
+    async def statuses(self) -> list[CellStatus]:
+        """Every cell that answers. Raises `NotReady` if no cell runs or none answers in time."""
+        try:
+            try:
+                answers = await self._cell.broadcast("status").results_async(
+                    timeout_s=STATUS_TIMEOUT_S / 2, return_exceptions=True
+                )
+            except TimeoutError:
+                # one silent cell hides the answers of the others; Ray Serve's routing avoids it
+                answers = [await asyncio.wait_for(self._cell.status.remote(), STATUS_TIMEOUT_S / 2)]
+        except asyncio.TimeoutError:
+            raise NotReady(f"no cell answers within {STATUS_TIMEOUT_S:g} s") from None
+        except Exception as error:
+            raise _translate(error) from error
+        return [answer for answer in answers if isinstance(answer, CellStatus)]
+
+    async def model_info(self) -> ModelInfo:
+        """The served model; asked once. Raises `NotReady` while no cell has loaded it."""
+        if self._info is not None:
+            return self._info
+        response: Any = self._cell.model_info.remote()
+        try:
+            info: ModelInfo = await asyncio.wait_for(response, STATUS_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            response.cancel()
+            raise NotReady("the model is still loading") from None
+        except Exception as error:
+            raise _translate(error) from error
+        self._info = info
+        return info
+
+    async def _admit(self, request: GenerateRequest) -> GenerateRequest:
+        """The request as the cell gets it. Raises what can be said without the cell.
+
+        While no cell is ready nothing is let in: it could wait, unbounded and unseen by its deadline, until
+        Ray Serve has started a new one. What the model cannot serve stops here too, since Ray Serve logs a
+        traceback for whatever a cell raises.
+        """
+        info = await self._model_named(request.model)
+        info.check(request)
+        if time.monotonic() - self._checked_s > STATUS_AGE_S:
+            statuses = await self.statuses()
+            if not any(status.ready for status in statuses):
+                raise NotReady(_why_not_ready(statuses))
+            self._checked_s = time.monotonic()
+        return dataclasses.replace(request, model=info.name)
+
+    async def _model_named(self, name: str | None) -> ModelInfo:
+        info = await self.model_info()
+        if name not in (None, "default", info.name):
+            raise ModelNotFound("model", f"{name!r} is not served here, but {info.name!r} is")
+        return info
+
+    # -- HTTP ----------------------------------------------------------------------------------------------
+
+    async def post_images(self, http: Request) -> JSONResponse:
+        """`POST /v1/images/generations`."""
+        body = await _read_body(http, self._args.http.max_body_bytes)
+        request = ImageRequest.parse(body, self._args.http.max_n)
+        response_id = f"img_{uuid.uuid4().hex}"
+        results = await self._generate_all(request.generate_requests(response_id))
+        pictures = await asyncio.gather(
+            *(
+                asyncio.to_thread(encode_image, result, request.output_format, request.quality)
+                for result in results
+            )
+        )
+        return JSONResponse(image_response(request, response_id, results, pictures))
+
+    async def get_models(self) -> JSONResponse:
+        """`GET /v1/models`."""
+        info = await self.model_info()
+        return JSONResponse({"object": "list", "data": [model_body(info, self._started_s)]})
+
+    async def get_model(self, model_id: str) -> JSONResponse:
+        """`GET /v1/models/{id}`."""
+        return JSONResponse(model_body(await self._model_named(model_id), self._started_s))
+
+    async def get_model_info(self) -> JSONResponse:
+        """`GET /v1/model_info`: name, task and limits of the model."""
+        return JSONResponse({"task": "image", **dataclasses.asdict(await self.model_info())})
+
+    async def get_health(self) -> JSONResponse:
+        """`GET /health`: 200 when a cell can run steps."""
+        try:
+            statuses, reason = await self.statuses(), ""
+        except TetriserveError as error:
+            statuses, reason = [], error.message
+        ready = any(status.ready for status in statuses)
+        body = {
+            "status": "ready" if ready else "not_ready",
+            "reason": "" if ready else reason or _why_not_ready(statuses),
+            "cells": [dataclasses.asdict(status) for status in statuses],
+        }
+        headers = {} if ready else {"Retry-After": "1"}
+        return JSONResponse(body, status_code=200 if ready else 503, headers=headers)
+
+    async def _generate_all(self, requests: list[GenerateRequest]) -> list[GenerateResult]:
+        """All pictures of one HTTP request at once. The first failure cancels the others."""
+        tasks = [asyncio.create_task(self.generate(request)) for request in requests]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            failed = [task for task in tasks if task.done() and (task.cancelled() or task.exception())]
+            if failed and failed[0].cancelled():  # not by us: the client still waits for an answer
+                raise GenerationFailed("the cell was stopped while it worked on this request")
+            return [task.result() for task in failed or tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def build_http(ingress: Ingress) -> FastAPI:
+    """The HTTP app over one ingress; every error leaves it in OpenAI's shape."""
+    app = FastAPI(title="tetriserve", version=__version__)
+    schema = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
+    app.add_api_route(
+        "/v1/images/generations",
+        ingress.post_images,
+        methods=["POST"],
+        response_model=None,
+        openapi_extra={"requestBody": schema},
+    )
+    for path, endpoint in (
+        ("/v1/models", ingress.get_models),
+        ("/v1/models/{model_id:path}", ingress.get_model),
+        ("/v1/model_info", ingress.get_model_info),
+        ("/health", ingress.get_health),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+    app.add_exception_handler(TetriserveError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_error)
+    return app
+
+
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
+    status, body, headers = describe_error(as_tetriserve_error(error))
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def _on_http_error(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code == 404:
+        message = f"no route {http.url.path}"
+    elif error.status_code == 405:
+        message = f"{http.method} is not allowed on {http.url.path}"
+    body = error_body(message, "invalid_request_error", HTTP_CODES.get(error.status_code, "bad_request"))
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _read_body(http: Request, limit: int) -> bytes:
+    """The whole body. Stops reading at `limit` bytes, whatever the Content-Length header claims."""
+    too_large = HTTPException(413, f"the body is larger than {limit} bytes")
+    claimed = http.headers.get("content-length", "")
+    if claimed.isdecimal() and int(claimed[:20]) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_large
+    except ClientDisconnect:
+        raise InvalidRequest("body", "the client went away while sending it") from None
+    return bytes(body)
+
+
+def encode_image(result: GenerateResult, output_format: str, quality: int) -> str:
+    """The picture as base64 text; `quality` in percent, for jpeg and webp. Slow enough to need a thread."""
+    # level 1 takes half the time of the default level for 15 % more bytes (1024x1024)
+    options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": quality}
+    file = io.BytesIO()
+    Image.fromarray(result.image).save(file, format=output_format, **options)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+async def _with_image(result: GenerateResult) -> GenerateResult:
+    """The result with its pixels fetched, where the cell sent only a reference to them."""
+    if isinstance(result.image, ray.ObjectRef):
+        return dataclasses.replace(result, image=await result.image)
+    return result
+
+
+def _translate(error: Exception) -> TetriserveError:
+    """The error of ours for whatever came out of a call to the cell; the unexpected ones are logged."""
+    if isinstance(error, BackPressureError):
+        return Overloaded(error.message)
+    if isinstance(error, DeploymentUnavailableError):
+        return NotReady("no cell is running")
+    ours = as_tetriserve_error(error)
+    if isinstance(ours, GenerationFailed):
+        logger.warning("a call to the cell failed", exc_info=error)
+    return ours
+
+
+def _why_not_ready(statuses: list[CellStatus]) -> str:
+    return "; ".join(status.reason for status in statuses if status.reason) or "no cell is running"

@@ -1,0 +1,264 @@
+"""Ray and Serve on one machine, from a cluster config: what `tetriserve serve` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import httpx
+import psutil
+import ray
+import yaml
+from pydantic import ValidationError
+from ray import serve
+from ray.serve._private.api import serve_start
+from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+from deployments.app import cell_bundles
+from deployments.config import AppArgs
+from tetriserve.errors import ConfigError, TetriserveError
+
+IMPORT_PATH = "deployments.app:build"
+POLL_S = 0.3
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+DRAIN_S = 10.0
+"""How long running requests may go on after Ctrl-C."""
+
+
+class ServeFailed(TetriserveError):
+    """The application could not be started; the message is the reason in one line."""
+
+
+def load_config(path: str) -> tuple[ServeDeploySchema, ServeApplicationSchema, AppArgs]:
+    """Read a Serve config file as `serve deploy` does, but strictly: unknown keys are refused.
+
+    A relative path that does not exist is looked up beside the installed package, so that
+    `cluster_configs/...` works from any folder.
+
+    Returns the file, its tetriserve application and that one's arguments. Raises `ConfigError`.
+    """
+    file = Path(path)
+    if not file.exists() and not file.is_absolute():
+        file = Path(__file__).parent.parent / path
+    try:
+        body = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path} holds no mapping")
+    try:
+        schema = ServeDeploySchema.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{path}: {key}: {first['msg']}") from None
+    _refuse_unknown(path, "", body, ServeDeploySchema)
+    _refuse_unknown(path, "http_options.", body.get("http_options") or {}, HTTPOptionsSchema)
+    for index, application in enumerate(body["applications"]):
+        _refuse_unknown(path, f"applications.{index}.", application, ServeApplicationSchema)
+    ours = [application for application in schema.applications if application.import_path == IMPORT_PATH]
+    if len(ours) != 1:
+        raise ConfigError(f"{path} must hold exactly one application with import_path {IMPORT_PATH}")
+    try:
+        return schema, ours[0], AppArgs.parse(ours[0].args)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
+
+
+def _refuse_unknown(path: str, prefix: str, body: dict[str, Any], schema: Any) -> None:
+    for key in body:
+        if key not in schema.model_fields:
+            allowed = ", ".join(schema.model_fields)
+            raise ConfigError(f"{path}: unknown key {prefix}{key}; allowed are {allowed}")
+
+
+def check_machine(args: AppArgs) -> None:
+    """Raise `ConfigError` for what can be known to fail here before anything is started."""
+    model = args.model.path
+    if model != "embedded":
+        is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", model)
+        if Path(model).is_dir():
+            if not (Path(model) / "model_index.json").is_file():
+                raise ConfigError(f"args.model.path: {model} holds no model_index.json")
+        elif not is_hub_id:
+            raise ConfigError(f"args.model.path: no such folder: {model}")
+    if args.cell.device == "cuda":
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < args.cell.gpus:
+            raise ConfigError(f"args.cell: {args.cell.gpus} CUDA devices wanted, {found} found")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `ConfigError` if nothing can listen there. Ray would share a port in use without a word."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
+
+
+def run(config: str, host: str | None, port: int | None) -> NoReturn:
+    """Serve until Ctrl-C or SIGTERM; nothing is left running after it.
+
+    `host` and `port` win over the file's. Raises `ConfigError` before anything is started, `ServeFailed`
+    after everything is stopped again.
+    """
+    schema, application, args = load_config(config)
+    http = schema.http_options
+    http = http.model_copy(update={"host": host or http.host, "port": port or http.port})
+    schema = schema.model_copy(update={"http_options": http})
+    check_port(http.host, http.port)
+    check_machine(args)
+    if args.profile.path is not None and not Path(args.profile.path).is_file():
+        raise ConfigError(f"args.profile.path: no such file: {args.profile.path}")
+
+    reachable = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host
+    url = f"http://{reachable}:{http.port}{(application.route_prefix or '').rstrip('/')}"
+    out = sys.stdout
+    client: Any = None
+    adopt_orphans()
+    handle_signals()
+    try:
+        # Ray's helper processes report on stdout what is also in a status or a log
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+            print("starting Ray ...", file=out, flush=True)
+            start_ray(cpus_needed(application, args))
+            handle_signals()  # ray.init has put its own handler of SIGTERM in place
+            client = deploy(schema)
+            work = f"load {args.model.path}" + ("" if args.profile.path else ", measure step times if new")
+            print(f"starting {args.cell.gpus} replicas: {work} ...", file=out, flush=True)
+            name = wait_until_ready(
+                application.name, url, lambda note: print(f"  {note}", file=out, flush=True)
+            )
+        replicas = f"{args.cell.gpus} replicas on {args.cell.device}"
+        print(f"tetriserve is ready at {url} (model {name}, {replicas})", flush=True)
+        while True:
+            signal.pause()
+    except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM while it starts
+        print("stopping ...", file=out, flush=True)
+    finally:
+        stop(client)
+    # nothing is left to clean up, and where Ray's start was cut short its threads abort a regular exit
+    os._exit(0)
+
+
+def handle_signals() -> None:
+    """The first Ctrl-C or SIGTERM raises KeyboardInterrupt; later ones must not cut the cleaning short."""
+
+    def interrupt(_signum: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
+def cpus_needed(application: ServeApplicationSchema, args: AppArgs) -> int:
+    """Ray CPUs that hold all cells of the file, however few cores this machine has."""
+    override = next((item for item in application.deployments if item.name == "Cell"), None)
+    settings = override.model_dump(exclude_unset=True) if override else {}
+    cells = (settings.get("autoscaling_config") or {}).get("max_replicas") or settings.get("num_replicas")
+    bundles = settings.get("placement_group_bundles") or cell_bundles(args.cell)
+    per_cell = sum(bundle.get("CPU", 0.0) for bundle in bundles)
+    return max(os.cpu_count() or 1, math.ceil(per_cell * (cells if isinstance(cells, int) else 1)))
+
+
+def start_ray(num_cpus: int) -> None:
+    """A private Ray on this machine, quiet and without a dashboard; others may run beside it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        namespace="serve",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def deploy(schema: ServeDeploySchema) -> Any:
+    """Start Serve and hand it the file, as `serve run FILE` does. Returns Serve's client."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    client = serve_start(
+        http_options=schema.http_options.model_dump(),
+        grpc_options=schema.grpc_options.model_dump(),
+        proxy_location=schema.proxy_location,
+        global_logging_config=schema.logging_config,
+    )
+    client.deploy_apps(schema)
+    return client
+
+
+def wait_until_ready(name: str, url: str, report: Callable[[str], None]) -> str:
+    """Wait for /health, reporting each new thing waited for. Returns the served model's name.
+
+    Raises `ServeFailed` when Serve gives the application up.
+    """
+    said = ""
+    while True:
+        application = serve.status().applications[name]
+        messages = [status.message for status in application.deployments.values() if status.message]
+        note = one_line("\n".join(messages))
+        if application.status == "DEPLOY_FAILED":
+            raise ServeFailed(note or one_line(application.message))
+        if application.status == "RUNNING":
+            with contextlib.suppress(httpx.HTTPError, ValueError):
+                health = httpx.get(f"{url}/health", timeout=5)
+                if health.status_code == 200:
+                    return str(httpx.get(f"{url}/v1/model_info", timeout=5).json()["name"])
+                note = health.json()["reason"]
+        if note and note != said:
+            report(note)
+            said = note
+        time.sleep(POLL_S)
+
+
+def one_line(message: str) -> str:
+    """The last error named in a traceback, or the first line of any other message."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*: \S", line)]
+    if "Traceback (most recent call last)" not in message or not errors:
+        return lines[0] if lines else ""
+    return re.sub(r"^tetriserve\.errors\.\w+: ", "", errors[-1])
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every process whose own parent ends, so that `stop` finds all of them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def stop(client: Any) -> None:
+    """Stop Serve, then Ray and every process of theirs, also those of a start that was interrupted."""
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        if client is not None:
+            with contextlib.suppress(Exception):  # whatever it is, Ray goes next and takes all with it
+                client.shutdown(DRAIN_S)
+        if ray.is_initialized():
+            ray.shutdown()
+    me = psutil.Process()
+    while family := me.children(recursive=True):
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=1)

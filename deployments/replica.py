@@ -1,0 +1,217 @@
+"""The GPU replica actor: one GPU, one engine, assignments in plan order.
+
+torch and diffusers are imported when a replica starts: the scheduler imports this module without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deployments.config import AppArgs
+from tetriserve.errors import ConfigError
+from tetriserve.request import GenerateRequest, ModelInfo, Shape
+from tetriserve.scheduler import Assignment
+
+if TYPE_CHECKING:
+    from tetriserve.engine.latents import Conditioning, Latents
+
+CPU_NICENESS = 10
+"""On CPU the replicas yield to the scheduler and the ingress, which share their cores."""
+
+THREADS = 32
+"""Calls a replica can hold: they wait for their turn here, so that arguments are there when it comes."""
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """What a replica says after loading; `fingerprint` changes with anything that changes step times."""
+
+    model: ModelInfo
+    device: str
+    fingerprint: str
+
+
+class PlanOrder:
+    """One worker thread; ranges run strictly behind the `seq` the plan put before them on this GPU."""
+
+    def __init__(self, niceness: int) -> None:
+        self._ready = threading.Condition()
+        self._waiting: dict[int, tuple[int, Callable[[], Any], Future[Any]]] = {}
+        self._unordered: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._last_seq = -1
+        threading.Thread(target=self._work, args=(niceness,), name="engine", daemon=True).start()
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Run between ranges, as soon as the worker is free; blocks and returns the result."""
+        future: Future[Any] = Future()
+        with self._ready:
+            self._unordered.append((call, future))
+            self._ready.notify()
+        return future.result()
+
+    def run_after(self, after: int, seq: int, call: Callable[[], Any]) -> Any:
+        """Run as range `seq`, right behind range `after`; blocks and returns the result."""
+        future: Future[Any] = Future()
+        with self._ready:
+            self._waiting[after] = (seq, call, future)
+            self._ready.notify()
+        return future.result()
+
+    def _work(self, niceness: int) -> None:
+        if niceness:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self._unordered or self._last_seq in self._waiting)
+                if self._unordered:
+                    call, future = self._unordered.pop(0)
+                else:
+                    self._last_seq, call, future = self._waiting.pop(self._last_seq)
+            try:
+                future.set_result(call())
+            except BaseException as error:  # the waiting call raises it; the worker goes on
+                future.set_exception(error)
+
+
+class GPUReplica:
+    """Ray actor (threaded) that holds a whole model and runs step ranges for groups of replicas.
+
+    A range that did not run as planned raises in the caller; the replica stays usable.
+    """
+
+    def __init__(self, gpu: int, args: AppArgs) -> None:
+        import torch
+
+        self._gpu = gpu
+        self._args = args
+        logging.basicConfig(level=logging.INFO)
+        on_cuda = args.cell.device == "cuda"
+        if on_cuda and not torch.cuda.is_available():
+            raise ConfigError("cell.device: no CUDA device is visible to this replica; use cpu")
+        if not on_cuda:
+            torch.set_num_threads(1)
+        self._device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
+        self._order = PlanOrder(niceness=0 if on_cuda else CPU_NICENESS)
+        self._order.run(self._load)
+
+    def _load(self) -> None:
+        import torch
+
+        from tetriserve.engine.attention import attention_kernel
+        from tetriserve.engine.engine import Engine
+        from tetriserve.engine.groups import GroupTable
+        from tetriserve.models.adapter import ModelLimits
+        from tetriserve.models.embedded import EMBEDDED
+        from tetriserve.models.load import load_model
+
+        model, device = self._args.model, self._device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        name = model.name or os.path.basename(model.path.rstrip("/"))
+        limits = ModelLimits(
+            name=name,
+            max_sequence_length=model.max_sequence_length,
+            default_steps=model.default_steps,
+            max_steps=model.max_steps,
+            max_pixels=model.max_pixels,
+            max_prompt_chars=model.max_prompt_chars,
+            description="seeded random weights: pictures are coloured noise"
+            if model.path == EMBEDDED
+            else "",
+        )
+        adapter = load_model(
+            model.path,
+            limits,
+            attention_kernel(self._args.cell.attention_backend),
+            dtype=getattr(torch, model.dtype),
+            device=device,
+            revision=model.revision,
+        )
+        self._engine = Engine(adapter, GroupTable(self._gpu, device))
+
+    def info(self) -> ReplicaInfo:
+        import diffusers
+        import torch
+
+        on_cuda = self._device.type == "cuda"
+        device = torch.cuda.get_device_name(self._device) if on_cuda else "CPU, one thread"
+        adapter = self._engine.adapter
+        facts = [
+            dict(adapter.pipeline.transformer.config),
+            self._args.model.dtype,
+            self._args.cell.attention_backend,
+            adapter.info.text_tokens,
+            device,
+            torch.__version__,
+            diffusers.__version__,
+        ]
+        fingerprint = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()
+        return ReplicaInfo(adapter.info, device, fingerprint)
+
+    def open_store(self) -> int:
+        """Host a fresh rendezvous store for the cell; returns its port."""
+        from tetriserve.engine.groups import open_store
+
+        port, self._store = open_store()
+        return port
+
+    def connect(self, port: int, sets: tuple[tuple[int, ...], ...]) -> None:
+        """Join the cell's groups; every replica of the cell must be called."""
+        self._order.run(lambda: self._engine.groups.connect(port, sets))
+
+    def run(
+        self,
+        assignment: Assignment,
+        request: GenerateRequest | None,
+        conditioning: Conditioning | None,
+        latents: Latents | None,
+    ) -> Any:
+        """Run a step range in its turn.
+
+        Returns:
+            encode: (Report, Conditioning, Latents); decode: (Report, picture);
+            denoise: (Report, Latents) on the first GPU of the group, Report on the others.
+        """
+        place = assignment.gpus.index(self._gpu)
+        (request_id,) = assignment.request_ids
+
+        def call() -> Any:
+            engine = self._engine
+            if assignment.kind == "encode":
+                assert request is not None
+                return engine.encode(request_id, request)
+            if assignment.kind == "decode":
+                return engine.decode(request_id, conditioning, latents)
+            report = engine.denoise(
+                request_id,
+                assignment.gpus,
+                assignment.first_step,
+                assignment.steps,
+                conditioning,
+                latents,
+            )
+            return (report, engine.pack(request_id)) if place == 0 else report
+
+        return self._order.run_after(assignment.after[place], assignment.seq, call)
+
+    def release(self, request_id: str) -> None:
+        """Free a request's memory."""
+        self._order.run(lambda: self._engine.release(request_id))
+
+    def measure(
+        self, shape: Shape, gpus: tuple[int, ...], warmup: int, repeats: int
+    ) -> tuple[float, float | None, float | None]:
+        """`Engine.measure`; every member of `gpus` must be called."""
+        return self._order.run(lambda: self._engine.measure(shape, gpus, warmup, repeats))
+
+    def held(self) -> dict[str, int]:
+        """Requests whose latents are here, with their steps done."""
+        return self._order.run(lambda: self._engine.held)

@@ -1,0 +1,548 @@
+"""The scheduler actor of a cell: admits requests, drives `RoundScheduler` and its GPU replicas.
+
+It never touches a tensor: latents and pictures are object references that go from replica to replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from solver.policies import make_policy
+
+from deployments.config import AppArgs
+from deployments.profiling import cached_profile, store_profile
+from deployments.replica import THREADS, GPUReplica
+from solver.placement import aligned_sets, gpu_sets
+from solver.problem import Packing, Phase, Snapshot
+from tetriserve.engine.report import Report
+from tetriserve.errors import (
+    ConfigError,
+    DeadlineInfeasible,
+    GenerationFailed,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    TetriserveError,
+)
+from tetriserve.profile import Profile
+from tetriserve.request import (
+    CellStatus,
+    GenerateRequest,
+    GenerateResult,
+    Metrics,
+    ModelInfo,
+    Progress,
+    Shape,
+    StepRange,
+)
+from tetriserve.scheduler import Assignment, RoundScheduler
+
+logger = logging.getLogger(__name__)
+
+FALLBACK_POLICY = "edf"
+"""A plain list schedule: no solver, done in milliseconds."""
+
+
+@dataclass
+class _Entry:
+    """An accepted request: where its data is and what happened to it so far."""
+
+    id: str
+    request: GenerateRequest
+    arrival_s: float
+    slo_s: float | None
+    result: asyncio.Future[GenerateResult]
+    conditioning: Any = None
+    latents: Any = None
+    knows: set[int] = field(default_factory=set)
+    holders: set[int] = field(default_factory=set)
+    first_start_s: float | None = None
+    phase: str = "queue"
+    steps_done: int = 0
+    phase_s: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "denoise": 0.0, "decode": 0.0})
+    ranges: list[StepRange] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    outstanding: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def progress(self) -> Progress:
+        assert self.request.num_inference_steps is not None
+        return Progress(self.id, self.phase, self.steps_done, self.request.num_inference_steps)
+
+
+class Scheduler:
+    """Ray actor (asyncio). One per cell; owns the cell's GPU replica actors.
+
+    Args:
+        args: the application's arguments.
+        group: placement group with one bundle for this actor and one for each GPU.
+    """
+
+    def __init__(self, args: AppArgs, group: PlacementGroup) -> None:
+        logging.basicConfig(level=logging.INFO)
+        self._args = args
+        self._group = group
+        self._entries: dict[str, _Entry] = {}
+        self._replicas: list[Any] = []
+        self._wake = asyncio.Event()
+        self._failure = "starting"
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._last_report_s: list[float] = []
+        self._policy = make_policy(args.scheduler.policy, time_limit_s=args.scheduler.solver_time_limit_s)
+        self._fallback = make_policy(FALLBACK_POLICY)
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+        self._planning: asyncio.Future[Packing] | None = None
+        self.fallbacks = 0
+
+    # ---- start --------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the model everywhere, join the groups, get the profile, then plan. Raises `ConfigError`."""
+        await self.load()
+        self._profile = await self._fitting_profile()
+        scheduler = self._args.scheduler
+        self._rounds = RoundScheduler(
+            self._policy,
+            self._args.cell.gpus,
+            round_s=scheduler.round_s,
+            min_round_s=scheduler.min_round_s,
+            lead_s=scheduler.lead_s,
+        )
+        self._last_report_s = [time.monotonic()] * self._args.cell.gpus
+        self._failure = ""
+        self._spawn(self._plan_forever())
+        logger.info("cell is ready: %s on %d x %s", self._info.name, self._args.cell.gpus, self._device)
+
+    async def load(self) -> None:
+        """Start the replicas and join them; steps can be measured from then on."""
+        cell = self._args.cell
+        actor = ray.remote(GPUReplica)
+        self._replicas = [
+            actor.options(
+                num_cpus=cell.cpus_per_replica,
+                num_gpus=1 if cell.device == "cuda" else 0,
+                max_concurrency=THREADS,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=1 + gpu
+                ),
+            ).remote(gpu, self._args)
+            for gpu in range(cell.gpus)
+        ]
+        infos = await asyncio.gather(*(replica.info.remote() for replica in self._replicas))
+        self._info: ModelInfo = infos[0].model
+        self._device: str = infos[0].device
+        self._fingerprint: str = infos[0].fingerprint
+        if cell.gpus > 1:
+            port = await self._replicas[0].open_store.remote()
+            sets = tuple(gpus for gpus in aligned_sets(cell.gpus) if len(gpus) in cell.all_degrees)
+            await asyncio.gather(*(replica.connect.remote(port, sets) for replica in self._replicas))
+
+    async def measure(self, shape: Shape, degree: int) -> tuple[float, float | None, float | None]:
+        """Median seconds of (step, encode, decode) with all GPUs busy at this degree, as in service."""
+        settings = self._args.profile
+        disjoint: list[tuple[int, ...]] = []
+        for gpus in gpu_sets(self._args.cell.gpus, degree):
+            if not any(set(gpus) & set(other) for other in disjoint):
+                disjoint.append(gpus)
+        calls = [
+            self._replicas[gpu].measure.remote(shape, gpus, settings.warmup, settings.repeats)
+            for gpus in disjoint
+            for gpu in gpus
+        ]
+        results = await asyncio.gather(*calls)
+        return tuple(  # type: ignore[return-value]
+            None if column[0] is None else sorted(column)[len(column) // 2]
+            for column in zip(*results, strict=True)
+        )
+
+    def measurable(self) -> list[tuple[Shape, int]]:
+        """Every shape and degree of the configuration that the model can run; logs why others cannot."""
+        pairs = []
+        for shape in self._args.profile.all_shapes:
+            reason = self._info.why_not_shape(shape)
+            if reason:
+                raise ConfigError(f"args.profile.shapes: {shape}: {reason}")
+            for degree in self._args.cell.all_degrees:
+                reason = self._info.why_not_degree(shape, degree)
+                if reason is None:
+                    pairs.append((shape, degree))
+                else:
+                    logger.info("degree %d is not used for %s: %s", degree, shape, reason)
+        return pairs
+
+    def make_profile(
+        self, times: dict[tuple[Shape, int], tuple[float, float | None, float | None]]
+    ) -> Profile:
+        """A profile of what `measure` returned."""
+        steps: dict[Shape, dict[int, float]] = {}
+        for (shape, degree), (step_s, _, _) in times.items():
+            steps.setdefault(shape, {})[degree] = step_s
+        settings = self._args.profile
+        return Profile(
+            model=self._info.name,
+            device=self._device,
+            source=f"measured by tetriserve profile: median of {settings.repeats} steps after "
+            f"{settings.warmup}, {self._args.model.dtype}, {self._args.cell.attention_backend} attention",
+            degrees=self._args.cell.all_degrees,
+            step_seconds=steps,
+            encode_seconds={s: e for (s, degree), (_, e, _) in times.items() if degree == 1 and e},
+            decode_seconds={s: d for (s, degree), (_, _, d) in times.items() if degree == 1 and d},
+        )
+
+    async def _fitting_profile(self) -> Profile:
+        """The configured file, the cached one of this very set-up, or a new measurement."""
+        settings = self._args.profile
+        if settings.path is not None:
+            profile = Profile.load(settings.path)
+            missing = set(self._args.cell.all_degrees) - set(profile.degrees)
+            if missing:
+                raise ConfigError(f"args.profile.path: {settings.path} has no degrees {sorted(missing)}")
+            if profile.device != self._device or profile.model != self._info.name:
+                logger.warning(
+                    "profile %s is of %s on %s, this is %s on %s",
+                    settings.path, profile.model, profile.device, self._info.name, self._device,
+                )  # fmt: skip
+            return profile
+        found = cached_profile(self._args, self._info.name, self._fingerprint)
+        if found is not None:
+            return found
+        times = {}
+        pairs = self.measurable()
+        for number, (shape, degree) in enumerate(pairs, 1):
+            times[shape, degree] = await self.measure(shape, degree)
+            logger.info(
+                "profiling %d/%d: %s at degree %d: %.4f s a step",
+                number, len(pairs), shape, degree, times[shape, degree][0],
+            )  # fmt: skip
+        profile = self.make_profile(times)
+        store_profile(self._args, self._info.name, self._fingerprint, profile)
+        return profile
+
+    # ---- requests -----------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Run a request to its end. `image` of the result is a reference to the picture.
+
+        Raises the errors of `tetriserve.errors`.
+        """
+        return await self._admit(request).result
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
+        """Progress after every committed range, then the result."""
+        entry = self._admit(request)
+        last: Progress | None = None
+        while not entry.result.done():
+            entry.changed.clear()
+            if entry.progress() != last:
+                last = entry.progress()
+                yield last
+            await entry.changed.wait()
+        yield entry.result.result()
+
+    async def cancel(self, request_id: str) -> bool:
+        """Give a request up; its GPUs are free when the range in flight ends. False when it is not open."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        self._end(entry, GenerationFailed(f"request {request_id} was cancelled"))
+        return True
+
+    def _admit(self, request: GenerateRequest) -> _Entry:
+        if self._failure:
+            raise NotReady(f"the cell is not ready: {self._failure}", retry_after_s=5)
+        limit = self._args.scheduler.max_open_requests
+        now_s = time.monotonic()
+        if len(self._entries) >= limit:
+            raise Overloaded(
+                f"{limit} requests are open", retry_after_s=int(self._rounds.predicted_drain_s(now_s) / 2) + 1
+            )
+        if request.model not in (None, "default", self._info.name):
+            raise InvalidRequest("model", f"{request.model!r} is not served, allowed is {self._info.name!r}")
+        self._info.check(request)
+        request = replace(
+            request,
+            request_id=request.request_id or uuid.uuid4().hex,
+            num_inference_steps=request.num_inference_steps or self._info.default_steps,
+            seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
+        )
+        request_id = request.request_id
+        assert request_id is not None
+        if request_id in self._entries:
+            raise InvalidRequest("request_id", f"{request_id!r} is already open")
+        phases = self._phases(request)
+        slo_s = request.slo_s
+        if slo_s is None and self._args.scheduler.default_slo_scale is not None:
+            alone_s = sum(phase.steps * phase.fastest_step_s for phase in phases)
+            slo_s = self._args.scheduler.default_slo_scale * alone_s
+        entry = _Entry(request_id, request, now_s, slo_s, asyncio.get_running_loop().create_future())
+        self._rounds.arrived(
+            request_id,
+            phases,
+            now_s,
+            float("inf") if slo_s is None else now_s + slo_s,
+            priority=request.priority,
+            drop_late=request.drop_late,
+        )
+        self._entries[request_id] = entry
+        self._wake.set()
+        return entry
+
+    def _phases(self, request: GenerateRequest) -> tuple[Phase, ...]:
+        """The chain of a request, timed by the profile; guidance changes what a step costs."""
+        shape, steps = request.shape, request.num_inference_steps
+        assert steps is not None
+        measured = self._info.guided(GenerateRequest("profile"))
+        cost = (1 + self._info.guided(request)) / (1 + measured)
+        step_s = {
+            degree: cost * seconds
+            for degree, seconds in self._profile.step_s(shape).items()
+            if degree in self._args.cell.all_degrees and self._info.why_not_degree(shape, degree) is None
+        }
+        return (
+            Phase("encode", 1, {1: self._profile.encode_s(shape)}),
+            Phase("denoise", steps, step_s),
+            Phase("decode", 1, {1: self._profile.decode_s(shape)}),
+        )
+
+    def _end(self, entry: _Entry, outcome: GenerateResult | TetriserveError) -> None:
+        """Settle a request and forget it; what is in flight for it runs out and is released then."""
+        self._rounds.cancelled(entry.id)
+        self._entries.pop(entry.id, None)
+        if not entry.result.done():
+            if isinstance(outcome, TetriserveError):
+                entry.result.set_exception(outcome)
+                entry.result.exception()  # a cancelled caller will not look at it
+            else:
+                entry.result.set_result(outcome)
+        entry.changed.set()
+        if entry.outstanding == 0:
+            self._release(entry)
+        self._wake.set()
+
+    def _release(self, entry: _Entry) -> None:
+        for gpu in entry.knows:
+            self._replicas[gpu].release.remote(entry.id)
+        entry.conditioning = entry.latents = None
+
+    # ---- planning -----------------------------------------------------------------------------------------
+
+    async def _plan_forever(self) -> None:
+        while not self._failure:
+            now_s = time.monotonic()
+            delay_s = self._rounds.next_wakeup_s(now_s) - now_s
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), None if delay_s == float("inf") else delay_s)
+            self._wake.clear()
+            for request_id in self._rounds.expired(time.monotonic()):
+                self._end(
+                    self._entries[request_id],
+                    DeadlineInfeasible(f"request {request_id} can no longer meet its deadline (drop_late)"),
+                )
+            snapshot = self._rounds.snapshot(time.monotonic())
+            if snapshot.jobs:
+                packing = await self._pack(snapshot)
+                for assignment in self._rounds.commit(snapshot, packing, time.monotonic()).assignments:
+                    self._dispatch(assignment)
+
+    async def _pack(self, snapshot: Snapshot) -> Packing:
+        """Ask the policy in a thread; past the limit, or while it still hangs, take the fallback."""
+        loop = asyncio.get_running_loop()
+        if self._planning is None or self._planning.done():
+            self._planning = loop.run_in_executor(self._planner, self._policy, snapshot)
+            try:
+                limit_s = 2 * self._args.scheduler.solver_time_limit_s
+                return await asyncio.wait_for(asyncio.shield(self._planning), limit_s)
+            except asyncio.TimeoutError:
+                logger.warning("the %s policy took over %.3f s", self._policy.name, limit_s)
+            except Exception:
+                logger.exception("the %s policy failed", self._policy.name)
+        self.fallbacks += 1
+        return self._fallback(snapshot)
+
+    def _dispatch(self, assignment: Assignment) -> None:
+        (request_id,) = assignment.request_ids
+        entry = self._entries[request_id]
+        entry.outstanding += 1
+        returns = {"encode": 3, "denoise": 2, "decode": 2}[assignment.kind]
+        reports, produced = [], []
+        for gpu in assignment.gpus:
+            leader = gpu == assignment.gpus[0]
+            results = (
+                self._replicas[gpu]
+                .run.options(num_returns=returns if leader else 1)
+                .remote(
+                    assignment,
+                    entry.request if assignment.kind == "encode" else None,
+                    None if gpu in entry.knows else entry.conditioning,
+                    None if gpu in entry.holders else entry.latents,
+                )
+            )
+            if leader:
+                report, *produced = results
+                reports.append(report)
+            else:
+                reports.append(results)
+        if assignment.kind == "encode":
+            entry.conditioning, entry.latents = produced
+        elif assignment.kind == "denoise":
+            (entry.latents,) = produced
+        entry.knows.update(assignment.gpus)
+        entry.holders = set(assignment.gpus)
+        self._spawn(self._collect(entry, assignment, reports, produced))
+
+    async def _collect(
+        self, entry: _Entry, assignment: Assignment, reports: list[Any], produced: list[Any]
+    ) -> None:
+        """Wait for a range, then count it (or fail its request)."""
+        try:
+            done: list[Report] = await asyncio.gather(*reports)
+        except Exception as error:
+            self._rounds.aborted(assignment.seq, time.monotonic())
+            entry.outstanding -= 1
+            self._fail(entry, assignment, error)
+            return
+        now_s = time.monotonic()
+        for gpu in assignment.gpus:
+            self._last_report_s[gpu] = now_s
+        entry.outstanding -= 1
+        complete = self._rounds.finished(assignment.seq, now_s)
+        if entry.id not in self._entries:  # cancelled meanwhile
+            if entry.outstanding == 0:
+                self._release(entry)
+            self._wake.set()
+            return
+        self._account(entry, assignment, done)
+        if complete:
+            self._end(entry, self._result(entry, produced[0], now_s))
+        self._wake.set()
+
+    def _account(self, entry: _Entry, assignment: Assignment, reports: list[Report]) -> None:
+        leader = reports[0]
+        duration_s = leader.ended_s - leader.started_s
+        entry.phase = assignment.kind
+        entry.phase_s[assignment.kind] += duration_s
+        entry.peak_memory_bytes = max(entry.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))
+        if entry.first_start_s is None:
+            entry.first_start_s = time.monotonic() - duration_s
+        if assignment.kind == "denoise":
+            entry.steps_done += assignment.steps
+            last = entry.ranges[-1] if entry.ranges else None
+            if last is not None and last.gpus == assignment.gpus:
+                entry.ranges[-1] = last._replace(steps=last.steps + assignment.steps)
+            else:
+                entry.ranges.append(StepRange(assignment.steps, assignment.degree, assignment.gpus))
+        entry.changed.set()
+
+    def _result(self, entry: _Entry, image: Any, now_s: float) -> GenerateResult:
+        total_s = now_s - entry.arrival_s
+        assert entry.request.seed is not None and entry.first_start_s is not None
+        metrics = Metrics(
+            queue_s=max(0.0, total_s - sum(entry.phase_s.values())),
+            encode_s=entry.phase_s["encode"],
+            denoise_s=entry.phase_s["denoise"],
+            decode_s=entry.phase_s["decode"],
+            total_s=total_s,
+            inference_s=now_s - entry.first_start_s,
+            slo_s=entry.slo_s,
+            slo_met=None if entry.slo_s is None else total_s <= entry.slo_s,
+            steps=tuple(entry.ranges),
+            seed=entry.request.seed,
+            peak_memory_bytes=entry.peak_memory_bytes,
+        )
+        return GenerateResult(entry.id, image, time.time(), self._info.name, metrics)
+
+    def _fail(self, entry: _Entry, assignment: Assignment, error: Exception) -> None:
+        cause = getattr(error, "cause", None) or error
+        if isinstance(error, ray.exceptions.RayActorError):
+            self._fail_cell(f"a GPU replica of {list(assignment.gpus)} died ({type(error).__name__})")
+        elif entry.id in self._entries:
+            logger.error("request %s failed in %s: %s", entry.id, assignment.kind, error)
+            self._end(entry, GenerationFailed(f"{assignment.kind} failed: {type(cause).__name__}: {cause}"))
+        elif entry.outstanding == 0:
+            self._release(entry)
+        self._wake.set()
+
+    def _fail_cell(self, reason: str) -> None:
+        """The cell cannot go on: every open request ends with the reason; Serve replaces the cell."""
+        if not self._failure:
+            logger.error("the cell failed: %s", reason)
+            self._failure = reason
+            self._wake.set()
+        for entry in list(self._entries.values()):
+            self._end(entry, GenerationFailed(f"the cell failed: {reason}"))
+
+    # ---- health -------------------------------------------------------------------------------------------
+
+    async def check_health(self) -> None:
+        """Raise when the cell is broken: a replica died, planning ended, or steps stopped advancing."""
+        if not self._failure:
+            stalled = self._stalled(time.monotonic())
+            if stalled:
+                self._fail_cell(stalled)
+        if self._failure and self._failure != "starting":
+            raise RuntimeError(self._failure)
+
+    def _stalled(self, now_s: float) -> str | None:
+        cell, running = self._args.cell, self._rounds.running
+        if not running:
+            return None
+        longest_s = max(a.end_s - a.start_s for a in running)
+        limit_s = max(cell.step_timeout_floor_s, cell.step_timeout_factor * longest_s)
+        for gpu in sorted({gpu for a in running for gpu in a.gpus}):
+            since_s = max(self._last_report_s[gpu], min(a.start_s for a in running if gpu in a.gpus))
+            if now_s - since_s > limit_s:
+                return f"GPU {gpu} has not finished a step range for {now_s - since_s:.0f} s"
+        return None
+
+    async def status(self) -> CellStatus:
+        gpus = self._args.cell.gpus
+        failed = bool(self._failure)
+        return CellStatus(
+            ready=not failed,
+            reason=self._failure,
+            gpus=gpus,
+            gpus_ready=0 if failed else gpus,
+            open_requests=len(self._entries),
+            running=0 if failed else len(self._rounds.running),
+            policy=self._policy.name,
+        )
+
+    async def model_info(self) -> ModelInfo:
+        return self._info
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a scheduler task failed", exc_info=task.exception())
+            self._fail_cell(f"internal error: {task.exception()!r}")
+
+
+def create_scheduler(args: AppArgs, group: PlacementGroup) -> Any:
+    """The scheduler actor of a cell, in bundle 0 of its placement group; `start` or `load` it next."""
+    return (
+        ray.remote(Scheduler)
+        .options(
+            num_cpus=args.cell.scheduler_cpus,
+            max_concurrency=4 * args.scheduler.max_open_requests + 64,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        )
+        .remote(args, group)
+    )

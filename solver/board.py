@@ -1,0 +1,112 @@
+"""The snapshot in the form that list schedules work on: tables per phase, masks per GPU set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from solver.allocation import StepTable, step_table
+from solver.placement import GpuSet, mask_of, sets_of
+from solver.problem import Job, Phase, Snapshot
+
+EPSILON_S = 1e-9
+
+
+@dataclass(frozen=True)
+class Work:
+    """A phase with the degrees that can run on this board.
+
+    Attributes:
+        tail_s: seconds of the later phases, each step at its fastest degree.
+    """
+
+    kind: str
+    steps: int
+    table: StepTable
+    tail_s: float
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job whose every phase can run on the GPUs that are left.
+
+    Attributes:
+        start_s: earliest start, never before now.
+        gpus: mask of the GPUs of its last assignment.
+    """
+
+    job: Job
+    start_s: float
+    gpus: int
+    work: tuple[Work, ...]
+
+    @property
+    def least_s(self) -> float:
+        """Seconds to finish with every step at its fastest degree."""
+        return sum(work.steps * work.table.fastest_s for work in self.work)
+
+    @property
+    def slack_s(self) -> float:
+        """Seconds it can afford to lose; negative when no plan can be on time."""
+        return self.job.deadline_s - self.start_s - self.least_s
+
+    @property
+    def is_late(self) -> bool:
+        return self.slack_s < -EPSILON_S
+
+
+@dataclass(frozen=True)
+class Board:
+    """A snapshot without lost GPUs and without what cannot run.
+
+    Attributes:
+        sets: GPU sets by degree, those with a lost GPU left out.
+    """
+
+    snapshot: Snapshot
+
+    @cached_property
+    def free_at_s(self) -> tuple[float, ...]:
+        return tuple(max(free_s, self.snapshot.now_s) for free_s in self.snapshot.free_at_s)
+
+    @cached_property
+    def n_alive(self) -> int:
+        return sum(free_s < math.inf for free_s in self.free_at_s)
+
+    @cached_property
+    def sets(self) -> Mapping[int, tuple[GpuSet, ...]]:
+        n_gpus = len(self.free_at_s)
+        lost = mask_of([gpu for gpu, free_s in enumerate(self.free_at_s) if free_s == math.inf])
+        degrees = {d for job in self.snapshot.jobs for phase in job.phases for d in phase.step_s}
+        alive = {d: tuple(s for s in sets_of(n_gpus, d) if not s.mask & lost) for d in degrees}
+        return {degree: sets for degree, sets in alive.items() if sets}
+
+    @cached_property
+    def jobs(self) -> tuple[OpenJob, ...]:
+        """The jobs that can run on what is left; others wait for their GPUs to come back."""
+        opened = (self._open(job) for job in self.snapshot.jobs)
+        return tuple(job for job in opened if job is not None)
+
+    def _open(self, job: Job) -> OpenJob | None:
+        tables = [self._table(phase) for phase in job.phases]
+        if not tables:
+            return None
+        work: list[Work] = []
+        tail_s = 0.0
+        for phase, table in zip(reversed(job.phases), reversed(tables), strict=True):
+            if table is None:
+                return None
+            work.append(Work(phase.kind, phase.steps, table, tail_s))
+            tail_s += phase.steps * table.fastest_s
+        start_s = max(self.snapshot.now_s, job.ready_s)
+        return OpenJob(job, start_s, mask_of(job.gpus), tuple(reversed(work)))
+
+    def _table(self, phase: Phase) -> StepTable | None:
+        usable = {degree: step_s for degree, step_s in phase.step_s.items() if degree in self.sets}
+        return step_table(usable) if usable else None
+
+    def capacity(self, deadline_s: float) -> float:
+        """GPU-seconds that are not committed yet between now and `deadline_s`."""
+        return sum(max(0.0, deadline_s - free_s) for free_s in self.free_at_s if free_s < math.inf)

@@ -1,0 +1,107 @@
+"""Which concrete GPU sets a degree may use, and which of them to take.
+
+Every set a process group needs must exist before serving starts, and all C(8, k) sets are too many (TetriServe
+paper, section 5 of our notes). Buddy sets nest: two of them are disjoint or one holds the other, so power-of-two
+widths that fit by count always fit by place on an empty board.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class GpuSet:
+    """A GPU set that a degree may use.
+
+    Attributes:
+        mask: bit g is set when GPU g belongs to it.
+        parents: masks of the larger buddy blocks around it, smallest first.
+    """
+
+    gpus: tuple[int, ...]
+    mask: int
+    parents: tuple[int, ...]
+
+
+def mask_of(gpus: Sequence[int]) -> int:
+    return sum(1 << gpu for gpu in gpus)
+
+
+@lru_cache(maxsize=1024)
+def gpu_sets(n_gpus: int, degree: int) -> tuple[tuple[int, ...], ...]:
+    """The GPU sets that `degree` may use on `n_gpus` GPUs.
+
+    A power of two gets its aligned buddy blocks; another degree gets the windows at the start and at the end of
+    the blocks of the next power of two, clipped to the GPUs there are. Empty when the degree does not fit.
+    Raises ValueError for a degree below 1.
+    """
+    if degree < 1:
+        raise ValueError(f"degree must be at least 1, got {degree}")
+    block = 1 << (degree - 1).bit_length()
+    sets: dict[tuple[int, ...], None] = {}
+    for start in range(0, n_gpus, block):
+        end = min(start + block, n_gpus)
+        if end - start >= degree:
+            sets[tuple(range(start, start + degree))] = None
+            sets[tuple(range(end - degree, end))] = None
+    return tuple(sets)
+
+
+def aligned_sets(n_gpus: int) -> tuple[tuple[int, ...], ...]:
+    """All power-of-two sets of at least two GPUs: the process groups to build before serving."""
+    degrees = [1 << power for power in range(1, n_gpus.bit_length())]
+    return tuple(gpus for degree in degrees for gpus in gpu_sets(n_gpus, degree))
+
+
+@lru_cache(maxsize=1024)
+def sets_of(n_gpus: int, degree: int) -> tuple[GpuSet, ...]:
+    """`gpu_sets` with masks, for the packers."""
+    blocks = [mask_of(gpus) for gpus in aligned_sets(n_gpus)]
+    sets = []
+    for gpus in gpu_sets(n_gpus, degree):
+        mask = mask_of(gpus)
+        parents = tuple(block for block in blocks if block & mask == mask and block != mask)
+        sets.append(GpuSet(gpus, mask, parents))
+    return tuple(sets)
+
+
+def choose(sets: Sequence[GpuSet], idle: int, previous: int) -> GpuSet | None:
+    """The set inside `idle` that keeps most of the `previous` GPUs, then breaks up the least free space.
+
+    Args:
+        idle: mask of the GPUs that may be used.
+        previous: mask of the request's last GPUs, which hold its latents.
+    """
+    best: GpuSet | None = None
+    best_key = (0, 0)
+    for candidate in sets:
+        if candidate.mask & ~idle:
+            continue
+        kept = (candidate.mask & previous).bit_count()
+        broken = sum(1 for parent in candidate.parents if not parent & ~idle)
+        key = (-kept, broken)
+        if best is None or key < best_key:
+            best, best_key = candidate, key
+    return best
+
+
+def earliest(
+    sets: Sequence[GpuSet], free_at_s: Sequence[float], not_before_s: float, previous: int
+) -> tuple[float, GpuSet] | None:
+    """The earliest start on any of `sets` and the set to take then; None when every set has a lost GPU.
+
+    Ties as in `choose`, with the GPUs that are free by that start as the free space.
+    """
+    starts = [max(not_before_s, *(free_at_s[gpu] for gpu in candidate.gpus)) for candidate in sets]
+    start_s = min(starts, default=math.inf)
+    if start_s == math.inf:
+        return None
+    free = mask_of([gpu for gpu, free_s in enumerate(free_at_s) if free_s <= start_s])
+    ties = [candidate for candidate, at_s in zip(sets, starts, strict=True) if at_s == start_s]
+    chosen = choose(ties, free, previous)
+    assert chosen is not None, "a set whose start is known is free by then"
+    return start_s, chosen

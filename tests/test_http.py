@@ -1,0 +1,637 @@
+"""The HTTP contract, with a stand-in for the cell: every row of it, odd inputs, and OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from deployments.api import ImageRequest
+from deployments.config import AppArgs
+from deployments.ingress import Ingress, build_http
+from tetriserve import errors
+from tetriserve.request import (
+    CellStatus,
+    GenerateRequest,
+    GenerateResult,
+    Metrics,
+    ModelInfo,
+    Progress,
+    StepRange,
+)
+
+INFO = ModelInfo(
+    name="lab/tiny",
+    family="flux",
+    size_multiple=16,
+    token_pixels=16,
+    text_tokens=64,
+    heads=4,
+    cfg_field="true_cfg_scale",
+    min_pixels=64 * 64,
+    max_pixels=1024 * 1024,
+    max_side=2048,
+    default_steps=8,
+    max_steps=200,
+    default_guidance_scale=3.5,
+    max_prompt_chars=100,
+)
+READY = CellStatus(True, "", 2, 2, 0, 0, "ilp")
+STARTING = CellStatus(False, "measuring step times", 2, 0, 0, 0, "ilp")
+URL = "/v1/images/generations"
+PICTURE = {"prompt": "a red circle", "size": "64x96"}
+
+
+class Call:
+    """Stand-in of a DeploymentResponse."""
+
+    def __init__(self, work: Any, cancelled: Callable[[], None]) -> None:
+        self._task = asyncio.ensure_future(work)
+        self._cancelled = cancelled
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._task.__await__()
+
+    def cancel(self) -> None:
+        self._cancelled()
+        self._task.cancel()
+
+
+class Method:
+    def __init__(self, remote: Callable[..., Any]) -> None:
+        self.remote = remote
+
+
+class Cell:
+    """Stand-in of a DeploymentHandle: remembers the requests, answers at once with a grey picture."""
+
+    def __init__(self, *statuses: CellStatus, error: BaseException | None = None, delay_s: float = 0) -> None:
+        self.statuses = list(statuses or [READY])
+        self.error = error
+        self.delay_s = delay_s
+        self.requests: list[GenerateRequest] = []
+        self.cancelled: list[str | None] = []
+        self.unavailable: BaseException | None = None
+        self.silent = False
+
+    @property
+    def generate(self) -> Method:
+        return Method(lambda request: Call(self._generate(request), self._forget(request)))
+
+    @property
+    def model_info(self) -> Method:
+        return Method(lambda: Call(self._soon(INFO), lambda: None))
+
+    @property
+    def status(self) -> Method:
+        return Method(lambda: Call(self._soon(self.statuses[0]), lambda: None))
+
+    @property
+    def stream(self) -> Method:
+        return Method(self._stream)
+
+    def options(self, stream: bool) -> Cell:
+        assert stream
+        return self
+
+    def broadcast(self, method: str) -> Cell:
+        assert method == "status"
+        return self
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[CellStatus]:
+        if self.unavailable:
+            raise self.unavailable
+        try:
+            await asyncio.wait_for(self._soon(None), timeout_s)
+        except asyncio.TimeoutError:
+            raise TimeoutError from None
+        return self.statuses
+
+    async def _soon(self, value: Any) -> Any:
+        await asyncio.sleep(1000 if self.silent else 0)
+        return value
+
+    def _forget(self, request: GenerateRequest) -> Callable[[], None]:
+        return lambda: self.cancelled.append(request.request_id)
+
+    async def _generate(self, request: GenerateRequest) -> GenerateResult:
+        self.requests.append(request)
+        INFO.check(request)
+        slow = self.delay_s * len(self.requests)
+        await asyncio.sleep(slow)
+        if self.error is not None and len(self.requests) > 1 - (self.delay_s == 0):
+            raise self.error
+        seed = 7 if request.seed is None else request.seed
+        met = None if request.slo_s is None else slow < request.slo_s
+        steps = (StepRange(6, 1, (0,)), StepRange(2, 2, (0, 1)))
+        metrics = Metrics(0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, seed, 3 << 20)
+        image = np.full((request.height, request.width, 3), 128, np.uint8)
+        return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)
+
+    async def _stream(self, request: GenerateRequest) -> Any:
+        yield Progress(request.request_id or "r", "denoise", 4, 8)
+        yield await self._generate(request)
+
+
+def ingress(cell: Cell, **http: int) -> Ingress:
+    handle: Any = cell
+    return Ingress(handle, AppArgs.parse({"http": http}))
+
+
+def ask(
+    cell: Cell, method: str, path: str, limits: dict[str, int] | None = None, **options: Any
+) -> httpx.Response:
+    async def run() -> httpx.Response:
+        app = build_http(ingress(cell, **(limits or {})))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(run())
+
+
+def post(cell: Cell | None = None, **fields: Any) -> httpx.Response:
+    return ask(cell or Cell(), "POST", URL, json=fields)
+
+
+def sent(**fields: Any) -> GenerateRequest:
+    """The request that reaches the cell."""
+    cell = Cell()
+    answer = post(cell, **{**PICTURE, **fields})
+    assert answer.status_code == 200, answer.text
+    return cell.requests[0]
+
+
+def check_error(answer: httpx.Response, status: int, code: str, param: str | None = None) -> str:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    return str(error["message"])
+
+
+def test_response_has_every_field_of_the_contract() -> None:
+    body = post(**PICTURE, seed=5, slo_ms=2500).json()
+    assert body["id"].startswith("img_")
+    assert body["created"] == 1700000000
+    assert (body["size"], body["output_format"], body["model"]) == ("64x96", "png", "lab/tiny")
+    assert body["inference_time_s"] == 0.9
+    metrics = body["metrics"]
+    assert metrics["stage_durations"] == {
+        "queue": 0.1,
+        "encode": 0.2,
+        "denoise": 0.3,
+        "decode": 0.4,
+        "total": 1,
+    }
+    assert (metrics["slo_s"], metrics["slo_met"], metrics["seed"]) == (2.5, True, 5)
+    assert metrics["steps"] == [
+        {"steps": 6, "degree": 1, "gpus": [0]},
+        {"steps": 2, "degree": 2, "gpus": [0, 1]},
+    ]
+    assert body["peak_memory_mb"] == metrics["peak_memory_mb"] == body["usage"]["peak_memory_mb"] == 3
+    [item] = body["data"]
+    assert item["revised_prompt"] is None
+    assert item["metrics"] == metrics
+    assert Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).size == (64, 96)
+
+
+def test_no_deadline_is_reported_as_null() -> None:
+    metrics = post(**PICTURE).json()["metrics"]
+    assert metrics["slo_s"] is None
+    assert metrics["slo_met"] is None
+    assert metrics["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, (1024, 1024)),
+        ({"size": None}, (1024, 1024)),
+        ({"size": "auto"}, (1024, 1024)),
+        ({"size": "128x64"}, (128, 64)),
+        ({"width": 128, "height": 64}, (128, 64)),
+        ({"size": "256x256", "width": 128}, (128, 256)),
+        ({"size": "256x256", "extra_body": {"size": "64x64", "height": 128}}, (256, 128)),
+        ({"extra_body": '{"size": "64x128"}'}, (64, 128)),
+    ],
+)
+def test_size(fields: dict[str, Any], size: tuple[int, int]) -> None:
+    request = sent(**{"size": None, **fields})
+    assert (request.width, request.height) == size
+
+
+def test_fields_reach_the_cell() -> None:
+    request = sent(
+        num_inference_steps="12",
+        guidance_scale=2.0,
+        true_cfg_scale=4,
+        negative_prompt="blur",
+        user="me",
+        seed=9,
+        drop_late=True,
+        priority=3,
+        model="default",
+        lora="ignored",
+        generator_device="cpu",
+        stream=True,
+    )
+    assert (request.num_inference_steps, request.guidance_scale, request.true_cfg_scale) == (12, 2, 4)
+    assert (request.negative_prompt, request.user, request.seed) == ("blur", "me", 9)
+    assert (request.drop_late, request.priority, request.model) == (True, 3, "lab/tiny")
+
+
+@pytest.mark.parametrize(
+    ("fields", "slo_s"),
+    [
+        ({"slo_ms": 1500}, 1.5),
+        ({"extra_body": {"slo_ms": 1500}}, 1.5),
+        ({"extra_args": {"slo_ms": 1500}}, 1.5),
+        ({"extra_args": '{"slo_ms": 1500}'}, 1.5),
+        ({"extra_params": {"slo_ms": "1500"}}, 1.5),
+        ({"extra_params": '{"slo_ms": 1500}'}, 1.5),
+        ({"extra_body": {"extra_args": {"slo_ms": 1500}}}, 1.5),
+        ({"slo_ms": 1, "extra_body": {"slo_ms": 2}}, 0.001),
+        ({"extra_body": {"slo_ms": 2}, "extra_args": {"slo_ms": 3}}, 0.002),
+        ({"extra_args": {"slo_ms": 3}, "extra_params": {"slo_ms": 4}}, 0.003),
+        ({"slo_ms": None, "extra_params": {"slo_ms": 4}}, 0.004),
+        ({"extra_args": {"runtime_v2_arrival_ms": 5000, "runtime_v2_deadline_ms": 7000}}, 2.0),
+        ({"runtime_v2_arrival_ms": 5000, "runtime_v2_deadline_ms": 7000}, 2.0),
+        ({"slo_ms": 1000, "runtime_v2_arrival_ms": 5000, "runtime_v2_deadline_ms": 7000}, 1.0),
+        ({"runtime_v2_deadline_ms": 7000}, None),
+        ({}, None),
+    ],
+)
+def test_deadline_inputs(fields: dict[str, Any], slo_s: float | None) -> None:
+    assert sent(**fields).slo_s == slo_s
+
+
+def test_other_keys_of_extra_args() -> None:
+    request = sent(extra_args={"num_steps": 20, "runtime_v2_priority": 2, "drop_late": True})
+    assert (request.num_inference_steps, request.priority, request.drop_late) == (20, 2, True)
+    request = sent(num_inference_steps=10, priority=1, extra_args={"num_steps": 20, "runtime_v2_priority": 2})
+    assert (request.num_inference_steps, request.priority) == (10, 1)
+
+
+@pytest.mark.parametrize("name", ["png", "jpeg", "webp"])
+def test_output_formats(name: str) -> None:
+    body = post(**PICTURE, output_format=name, output_compression=80).json()
+    image = Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"])))
+    assert (image.format, body["output_format"]) == (name.upper(), name)
+    assert abs(int(np.asarray(image.convert("RGB")).mean()) - 128) < 3
+
+
+def test_n_pictures_get_consecutive_seeds_and_their_own_metrics() -> None:
+    cell = Cell(delay_s=0.01)
+    body = post(cell, **PICTURE, n=3, seed=40).json()
+    assert [request.seed for request in cell.requests] == [40, 41, 42]
+    assert [item["metrics"]["seed"] for item in body["data"]] == [40, 41, 42]
+    assert body["metrics"] == body["data"][2]["metrics"]  # the slowest
+    assert len({request.request_id for request in cell.requests}) == 3
+
+
+def test_first_failure_of_n_cancels_the_others() -> None:
+    cell = Cell(error=errors.GenerationFailed("out of memory"), delay_s=0.02)
+    message = check_error(post(cell, **PICTURE, n=4), 500, "generation_failed")
+    assert message == "out of memory"
+    assert len(cell.cancelled) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x" * 101}, "prompt"),
+        ({"negative_prompt": "x" * 101}, "negative_prompt"),
+        ({"size": "64"}, "size"),
+        ({"size": "64x64x64"}, "size"),
+        ({"size": "63x64"}, "size"),
+        ({"size": "0x64"}, "size"),
+        ({"size": "2048x2048"}, "size"),
+        ({"width": -64}, "size"),
+        ({"width": 10**30}, "width"),
+        ({"width": True}, "width"),
+        ({"n": 0}, "n"),
+        ({"n": 11}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"response_format": "url"}, "response_format"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 101}, "output_compression"),
+        ({"output_quality": "best"}, "output_quality"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 201}, "num_inference_steps"),
+        ({"num_inference_steps": True}, "num_inference_steps"),
+        ({"guidance_scale": 21}, "guidance_scale"),
+        ({"guidance_scale": True}, "guidance_scale"),
+        ({"true_cfg_scale": -1}, "true_cfg_scale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63 - 1, "n": 2}, "seed"),
+        ({"seed": 10**400}, "seed"),
+        ({"slo_ms": 0}, "slo_ms"),
+        ({"slo_ms": -5}, "slo_ms"),
+        ({"slo_ms": "soon"}, "slo_ms"),
+        ({"slo_ms": 10**400}, "slo_ms"),
+        ({"drop_late": "perhaps"}, "drop_late"),
+        ({"priority": 0.5}, "priority"),
+        ({"extra_args": "{nope"}, "extra_args"),
+        ({"extra_args": "[1]"}, "extra_args"),
+        ({"extra_params": 5}, "extra_params"),
+        ({"extra_body": [1]}, "extra_body"),
+        ({"runtime_v2_arrival_ms": 9, "runtime_v2_deadline_ms": 9}, "runtime_v2_deadline_ms"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, Any], param: str) -> None:
+    message = check_error(post(**{**PICTURE, **fields}), 400, "invalid_value", param)
+    assert message.startswith(f"{param}: ")
+
+
+def test_url_results_are_refused_with_what_is_allowed() -> None:
+    assert "b64_json" in post(**PICTURE, response_format="url").json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"[" * 5000,
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_malformed_bodies(body: bytes) -> None:
+    check_error(ask(Cell(), "POST", URL, content=body), 400, "invalid_value", "body")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["guidance_scale", "slo_ms", "seed", "runtime_v2_deadline_ms"])
+def test_numbers_that_are_none(field: str, number: str) -> None:
+    body = json.dumps(PICTURE)[:-1] + f', "{field}": {number}}}'
+    check_error(ask(Cell(), "POST", URL, content=body.encode()), 400, "invalid_value", field)
+
+
+def test_body_limit_counts_what_is_read() -> None:
+    cell, limits = Cell(), {"max_body_bytes": 2048}
+
+    async def chunks() -> Any:  # no Content-Length
+        for _ in range(100):
+            yield b" " * 100
+
+    check_error(ask(cell, "POST", URL, limits, content=chunks()), 413, "body_too_large")
+    check_error(ask(cell, "POST", URL, limits, content=b" " * 2049), 413, "body_too_large")
+    assert ask(cell, "POST", URL, limits, json=PICTURE).status_code == 200
+
+
+def test_max_n_is_configurable() -> None:
+    check_error(ask(Cell(), "POST", URL, {"max_n": 2}, json={**PICTURE, "n": 3}), 400, "invalid_value", "n")
+
+
+def test_routes_that_do_not_exist() -> None:
+    check_error(ask(Cell(), "GET", "/nope"), 404, "not_found")
+    answer = ask(Cell(), "GET", URL)
+    check_error(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+
+
+def test_models() -> None:
+    assert [entry["id"] for entry in ask(Cell(), "GET", "/v1/models").json()["data"]] == ["lab/tiny"]
+    assert ask(Cell(), "GET", "/v1/models/lab/tiny").json()["object"] == "model"
+    info = ask(Cell(), "GET", "/v1/model_info").json()
+    assert (info["name"], info["task"], info["max_pixels"]) == ("lab/tiny", "image", 1024 * 1024)
+
+
+def test_unknown_model() -> None:
+    cell = Cell()
+    check_error(post(cell, **PICTURE, model="dall-e-3"), 404, "model_not_found", "model")
+    check_error(ask(cell, "GET", "/v1/models/dall-e-3"), 404, "model_not_found", "model")
+    assert not cell.requests
+
+
+def by_ray(error: Exception) -> Exception:
+    """The error as it arrives through Ray."""
+    return RayTaskError("generate", "Traceback ...", error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, by_ray, lambda e: RayTaskError("generate", "...", e)])
+@pytest.mark.parametrize(
+    ("error", "status", "code", "headers"),
+    [
+        (errors.Overloaded("256 open", retry_after_s=4), 503, "queue_full", {"retry-after": "4"}),
+        (errors.NotReady("a GPU is lost"), 503, "not_ready", {"retry-after": "1"}),
+        (errors.DeadlineInfeasible("too late"), 503, "deadline_infeasible", {"x-should-retry": "false"}),
+        (errors.GenerationFailed("out of memory"), 500, "generation_failed", {}),
+    ],
+)
+def test_errors_of_the_cell(
+    wrap: Callable[[Exception], Exception],
+    error: errors.TetriserveError,
+    status: int,
+    code: str,
+    headers: dict[str, str],
+) -> None:
+    cell = Cell(error=wrap(error))
+    answer = post(cell, **PICTURE)
+    assert check_error(answer, status, code) == error.message
+    assert headers.items() <= dict(answer.headers).items()
+    cell.error = None
+    assert post(cell, **PICTURE).status_code == 200  # later requests are unaffected
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (BackPressureError(9, 8), 503, "queue_full"),
+        (DeploymentUnavailableError(None), 503, "not_ready"),
+        (ActorDiedError(), 500, "generation_failed"),
+        (by_ray(ValueError("boom")), 500, "generation_failed"),
+        (asyncio.CancelledError(), 500, "generation_failed"),
+    ],
+)
+def test_errors_of_ray(error: BaseException, status: int, code: str) -> None:
+    check_error(post(Cell(error=error), **PICTURE), status, code)
+
+
+def test_health() -> None:
+    answer = ask(Cell(STARTING, READY), "GET", "/health")
+    assert answer.status_code == 200
+    assert [cell["ready"] for cell in answer.json()["cells"]] == [False, True]
+    answer = ask(Cell(STARTING), "GET", "/health")
+    assert (answer.status_code, answer.json()["reason"]) == (503, "measuring step times")
+    assert "retry-after" in answer.headers
+
+
+def test_requests_are_refused_while_no_cell_is_ready() -> None:
+    cell = Cell(STARTING)
+    answer = post(cell, **PICTURE)
+    check_error(answer, 503, "not_ready")
+    assert answer.headers["retry-after"] == "1"
+    assert not cell.requests
+    cell = Cell()
+    cell.unavailable = DeploymentUnavailableError(None)
+    check_error(post(cell, **PICTURE), 503, "not_ready")
+    assert ask(cell, "GET", "/health").status_code == 503
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+def test_silent_cells_hold_nobody_up(path: str) -> None:
+    cell = Cell()
+    cell.silent = True
+    start_s = time.monotonic()
+    assert ask(cell, "GET", path).status_code == 503
+    assert time.monotonic() - start_s < 3
+
+
+def test_python_handle() -> None:
+    async def run() -> None:
+        front = ingress(Cell())
+        request = GenerateRequest(prompt="x", height=64, width=64)
+        result = await front.generate(request)
+        assert result.image.shape == (64, 64, 3)
+        items = [item async for item in front.stream(request)]
+        assert [type(item) for item in items] == [Progress, GenerateResult]
+        with pytest.raises(errors.InvalidRequest):
+            await front.generate(GenerateRequest(prompt="x", height=63, width=64))
+
+    asyncio.run(run())
+
+
+def test_disconnect_cancels_the_call_of_the_cell() -> None:
+    """Ray Serve cancels the ingress task when the client goes away."""
+
+    async def run() -> None:
+        cell = Cell(delay_s=100)
+        app = build_http(ingress(cell))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            call = asyncio.create_task(client.post(URL, json={**PICTURE, "n": 2}))
+            while len(cell.requests) < 2:
+                await asyncio.sleep(0.01)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        assert len(cell.cancelled) == 2
+
+    asyncio.run(run())
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=-(10**40), max_value=10**40)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["64x64", "auto", "png", "b64_json", "1e400", "NaN", "{}", '{"slo_ms": true}']),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from([*ImageRequest.model_fields, "extra_body", "extra_args", "extra_params", "quality"])
+BODIES = st.dictionaries(FIELDS, JSON, max_size=4)
+
+
+@settings(max_examples=400, deadline=None)
+@given(BODIES, st.sampled_from(["extra_body", "extra_args", "extra_params", None]), BODIES)
+def test_no_input_is_a_server_error(body: dict[str, Any], place: str | None, nested: dict[str, Any]) -> None:
+    whole = {**PICTURE, **body, **({place: nested} if place else {})}
+    answer = ask(Cell(), "POST", URL, content=json.dumps(whole).encode())
+    assert answer.status_code in (200, 400, 404), answer.text
+    if answer.status_code != 200:
+        assert answer.json()["error"]["message"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200))
+def test_no_bytes_are_a_server_error(body: bytes) -> None:
+    assert ask(Cell(), "POST", URL, content=body).status_code == 400
+
+
+def test_ingress_process_stays_light() -> None:
+    """The front must not pay for torch: memory, and seconds at every start of a replica."""
+    script = (
+        "import deployments.ingress, sys; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[Cell], str]]:
+    """Runs the app on a real socket; gives its base URL."""
+    stops: list[Callable[[], None]] = []
+
+    def start(cell: Cell) -> str:
+        sock = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(build_http(ingress(cell)), log_level="warning"))
+        run: Awaitable[None] = server.serve(sockets=[sock])
+        thread = threading.Thread(target=asyncio.run, args=(run,), daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            server.should_exit = True
+            thread.join(5)
+
+        stops.append(stop)
+        return f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+
+    yield start
+    for stop in stops:
+        stop()
+
+
+def test_openai_client(served: Callable[[Cell], str]) -> None:
+    cell = Cell()
+    client = openai.OpenAI(base_url=served(cell), api_key="none", max_retries=0)
+    images = client.images.generate(
+        model="lab/tiny",
+        prompt="a red circle",
+        size="256x256",
+        n=2,
+        response_format="b64_json",
+        quality="high",
+        extra_body={"slo_ms": 5000, "seed": 1},
+    )
+    assert images.created == 1700000000
+    assert images.data is not None
+    png = base64.b64decode(images.data[1].b64_json or "")
+    assert Image.open(io.BytesIO(png)).size == (256, 256)
+    assert [request.slo_s for request in cell.requests] == [5, 5]
+    assert images.to_dict()["metrics"]["seed"] == 1  # type: ignore[index]
+    assert [model.id for model in client.models.list()] == ["lab/tiny"]
+    assert client.models.retrieve("default").id == "lab/tiny"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.images.generate(prompt="", size="256x256")
+    assert (bad.value.param, bad.value.code) == ("prompt", "invalid_value")
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt="x", model="dall-e-3")
+
+
+def test_openai_client_retries_only_what_may_help(served: Callable[[Cell], str]) -> None:
+    cell = Cell(error=errors.DeadlineInfeasible("too late"))
+    client = openai.OpenAI(base_url=served(cell), api_key="none", max_retries=2)
+    with pytest.raises(openai.InternalServerError):
+        client.images.generate(prompt="x", size="256x256")
+    assert len(cell.requests) == 1

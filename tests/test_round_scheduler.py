@@ -1,0 +1,244 @@
+"""The round state machine under random events: promises 2 to 4 of the design, whatever the policy says."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solver.problem import Entry, Packing, Phase, Snapshot
+from tetriserve.scheduler import QUEUE_DEPTH, Assignment, RoundScheduler
+
+N_GPUS = 4
+STEP_S = {1: 0.4, 2: 0.25, 4: 0.15}
+
+
+def chain(steps: int) -> tuple[Phase, ...]:
+    return (
+        Phase("encode", 1, {1: 0.05}),
+        Phase("denoise", steps, STEP_S),
+        Phase("decode", 1, {1: 0.1}),
+    )
+
+
+class Dice:
+    """Packs jobs in random order at random degrees on random GPUs, behind what is committed."""
+
+    name = "dice"
+    round_steps = 2.0
+    replans_on_arrival = True
+
+    def __init__(self, seed: int) -> None:
+        self._dice = random.Random(seed)
+
+    def __call__(self, snapshot: Snapshot) -> Packing:
+        free_at = list(snapshot.free_at_s)
+        entries = []
+        jobs = list(snapshot.jobs)
+        self._dice.shuffle(jobs)
+        for job in jobs:
+            start_s = job.ready_s
+            for phase in job.phases:
+                alive = [gpu for gpu in range(len(free_at)) if free_at[gpu] < math.inf]
+                degrees = [degree for degree in phase.step_s if degree <= len(alive)]
+                if not degrees:
+                    break
+                degree = self._dice.choice(degrees)
+                gpus = tuple(sorted(self._dice.sample(alive, degree)))
+                start_s = max(start_s, snapshot.now_s, *(free_at[gpu] for gpu in gpus))
+                end_s = start_s + phase.steps * phase.step_s[degree]
+                entries.append(Entry(job.id, phase.kind, gpus, phase.steps, start_s, end_s))
+                for gpu in gpus:
+                    free_at[gpu] = end_s
+                start_s = end_s
+        return Packing(tuple(sorted(entries, key=lambda e: e.start_s)))
+
+
+class Cell:
+    """GPUs that run assignments in `after` order with jittered durations."""
+
+    def __init__(self, dice: random.Random, jitter: float) -> None:
+        self.dice, self.jitter = dice, jitter
+        self.now_s = 0.0
+        self.pending: dict[int, Assignment] = {}
+        self.ends: dict[int, float] = {}
+        self.last_seq = [-1] * N_GPUS
+        self.done: dict[str, list[Assignment]] = {}
+
+    def take(self, assignments: tuple[Assignment, ...]) -> None:
+        for assignment in assignments:
+            assert len(set(assignment.gpus)) == len(assignment.gpus) > 0
+            assert assignment.steps >= 1
+            self.pending[assignment.seq] = assignment
+        for gpu in range(N_GPUS):
+            assert sum(gpu in a.gpus for a in self.pending.values()) <= QUEUE_DEPTH
+        self.start()
+
+    def start(self) -> None:
+        earlier: set[str] = set()  # a range waits for the latents of the one before it
+        for seq in sorted(self.pending):
+            assignment = self.pending[seq]
+            ready = assignment.request_ids[0] not in earlier
+            earlier.add(assignment.request_ids[0])
+            turn = all(
+                self.last_seq[gpu] == after
+                for gpu, after in zip(assignment.gpus, assignment.after, strict=True)
+            )
+            free = not any(set(assignment.gpus) & set(self.pending[s].gpus) for s in self.ends)
+            if seq in self.ends or not (turn and free and ready):
+                continue
+            duration_s = (assignment.end_s - assignment.start_s) * (1 + self.jitter * self.dice.random())
+            self.ends[seq] = self.now_s + duration_s
+
+    def finish_next(self) -> Assignment:
+        seq = min(self.ends, key=lambda s: (self.ends[s], s))
+        self.now_s = max(self.now_s, self.ends.pop(seq))
+        assignment = self.pending.pop(seq)
+        for gpu in assignment.gpus:
+            self.last_seq[gpu] = seq
+        return assignment
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    n_requests=st.integers(1, 8),
+    lead_s=st.sampled_from([0.0, 0.03, 0.2]),
+    jitter=st.sampled_from([0.0, 0.3]),
+    abort_share=st.sampled_from([0.0, 0.2]),
+    cancel=st.booleans(),
+    lose_gpu=st.booleans(),
+)
+def test_everything_accepted_is_run_once_and_in_order(
+    seed: int, n_requests: int, lead_s: float, jitter: float, abort_share: float, cancel: bool, lose_gpu: bool
+) -> None:
+    dice = random.Random(seed)
+    scheduler = RoundScheduler(Dice(seed), N_GPUS, lead_s=lead_s)
+    cell = Cell(dice, jitter)
+    arrivals = sorted(dice.uniform(0, 3) for _ in range(n_requests))
+    wanted = {f"r{i}": dice.randint(1, 12) for i in range(n_requests)}
+    finished: dict[str, float] = {}
+    cancelled: set[str] = set()
+    aborting: set[str] = set()
+    lost: int | None = None
+    waiting = list(wanted)
+    for _ in range(4000):
+        times = [cell.ends[min(cell.ends, key=lambda s: cell.ends[s])]] if cell.ends else []
+        times += [arrivals[len(wanted) - len(waiting)]] if waiting else []
+        wakeup_s = scheduler.next_wakeup_s(cell.now_s)
+        if not times and wakeup_s == math.inf:
+            break
+        assert wakeup_s > cell.now_s
+        now_s = min([*times, wakeup_s])
+        if waiting and now_s == arrivals[len(wanted) - len(waiting)]:
+            cell.now_s = now_s
+            request_id = waiting.pop(0)
+            scheduler.arrived(request_id, chain(wanted[request_id]), now_s, now_s + 5)
+            if lose_gpu and lost is None and not any(3 in a.gpus for a in cell.pending.values()):
+                lost = 3
+                scheduler.gpu_lost(3)
+        elif cell.ends and now_s == min(cell.ends.values()):
+            assignment = cell.finish_next()
+            request_id = assignment.request_ids[0]
+            behind = any(request_id in a.request_ids for a in cell.pending.values())
+            request_open = request_id in scheduler.open_ids
+            if request_id in aborting or dice.random() < abort_share:
+                # like a failed range: everything committed behind it for this request fails too
+                aborting.add(request_id)
+                scheduler.aborted(assignment.seq, cell.now_s)
+                if not behind:
+                    aborting.discard(request_id)
+                assert request_open or request_id in cancelled
+            else:
+                cell.done.setdefault(request_id, []).append(assignment)
+                if scheduler.finished(assignment.seq, cell.now_s):
+                    finished[request_id] = cell.now_s
+            if cancel and dice.random() < 0.1 and scheduler.open_ids:
+                victim = dice.choice(scheduler.open_ids)
+                cancelled.add(victim)
+                assert scheduler.cancelled(victim)
+                assert not scheduler.cancelled(victim)
+        else:
+            cell.now_s = now_s
+        plan = scheduler.plan(cell.now_s)
+        if lost is not None:
+            assert all(lost not in a.gpus for a in plan.assignments)
+        cell.take(plan.assignments)
+        cell.start()
+    else:
+        raise AssertionError("requests starve")
+    assert not cell.pending and not scheduler.running and not scheduler.open_ids
+    assert set(finished) | cancelled == set(wanted)
+    for request_id in finished:
+        ranges = cell.done[request_id]
+        assert ranges[0].kind == "encode" and ranges[-1].kind == "decode"
+        denoise = [a for a in ranges if a.kind == "denoise"]
+        expected = 0
+        for assignment in denoise:
+            assert assignment.first_step == expected
+            expected += assignment.steps
+        assert expected == wanted[request_id]
+        assert sum(a.kind == "encode" for a in ranges) == sum(a.kind == "decode" for a in ranges) == 1
+
+
+class Alone:
+    """Everything at degree 1 on GPU 0, one after the other."""
+
+    name = "alone"
+    round_steps = 1.0
+    replans_on_arrival = True
+
+    def __call__(self, snapshot: Snapshot) -> Packing:
+        entries, t = [], max(snapshot.now_s, snapshot.free_at_s[0])
+        for job in snapshot.jobs:
+            for phase in job.phases:
+                end = t + phase.steps * phase.step_s[1]
+                entries.append(Entry(job.id, phase.kind, (0,), phase.steps, t, end))
+                t = end
+        return Packing(tuple(entries))
+
+
+def test_ranges_are_cut_to_whole_steps_that_reach_the_boundary() -> None:
+    scheduler = RoundScheduler(Alone(), 1, round_s=1.0)
+    scheduler.arrived("a", (Phase("denoise", 10, {1: 0.4}),), 0.0)
+    (first,) = scheduler.plan(0.0).assignments
+    assert (first.steps, first.start_s, first.end_s) == (3, 0.0, pytest.approx(1.2))
+    assert scheduler.next_wakeup_s(0.0) == pytest.approx(1.0)
+    assert scheduler.plan(1.0).assignments == ()  # the step in flight is never cut
+    assert not scheduler.finished(first.seq, 1.2)
+    (second,) = scheduler.plan(1.2).assignments
+    assert (second.first_step, second.steps, second.after) == (3, 2, (first.seq,))
+
+
+def test_lead_queues_the_next_range_before_the_gpu_is_free() -> None:
+    scheduler = RoundScheduler(Alone(), 1, round_s=1.0, lead_s=0.1)
+    scheduler.arrived("a", (Phase("denoise", 10, {1: 0.5}),), 0.0)
+    (first,) = scheduler.plan(0.0).assignments
+    assert scheduler.next_wakeup_s(0.0) == pytest.approx(0.9)
+    (second,) = scheduler.plan(0.9).assignments
+    assert (second.start_s, second.steps, second.after) == (pytest.approx(1.0), 2, (first.seq,))
+    scheduler.finished(first.seq, 1.1)  # late by 0.1 s: what is behind moves with it
+    assert scheduler.snapshot(1.1).free_at_s == (pytest.approx(2.1),)
+
+
+def test_drop_late_is_reported_once_hopeless() -> None:
+    scheduler = RoundScheduler(Alone(), 1)
+    scheduler.arrived("a", (Phase("denoise", 10, {1: 0.5}),), 0.0, deadline_s=6.0, drop_late=True)
+    assert scheduler.expired(0.9) == []
+    assert scheduler.expired(1.1) == ["a"]
+
+
+def test_refuses_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match="n_gpus"):
+        RoundScheduler(Alone(), 0)
+    with pytest.raises(ValueError, match="round_s"):
+        RoundScheduler(Alone(), 1, round_s=-1)
+    scheduler = RoundScheduler(Alone(), 1)
+    scheduler.arrived("a", chain(1), 0.0)
+    with pytest.raises(ValueError, match="already open"):
+        scheduler.arrived("a", chain(1), 0.0)
+    with pytest.raises(ValueError, match="denoise phase"):
+        scheduler.arrived("b", (Phase("denoise", 3, {2: 0.1}),), 0.0)

@@ -1,0 +1,268 @@
+"""The whole stack as its users meet it: `tetriserve serve` in a process of its own, real replicas, real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import yaml
+from model_folders import tiny_flux
+from PIL import Image
+
+SHAPES = ("256x256", "512x512", "1024x1024")
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """`tetriserve serve` on a config; knows its URL and its processes."""
+
+    def __init__(self, config: Path) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [str(BIN / "tetriserve"), "serve", "--config", str(config), "--port", str(port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.lines: list[str] = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if "tetriserve is ready at" in line:
+                return
+        raise AssertionError("\n".join(self.lines))
+
+    def replicas(self) -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if "ray::GPUReplica" in " ".join(process.cmdline())
+        ]
+
+    def health(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/health", timeout=10).json()
+
+    def stop(self) -> None:
+        """Ctrl-C; nothing of it may be left."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(timeout=60) == 0
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert alive == [], f"left running: {alive}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("serve")
+    args = {
+        "model": {
+            "path": str(tiny_flux(root / "tiny-flux")),
+            "dtype": "float32",
+            "max_sequence_length": 30,
+            "max_pixels": 1024 * 1024,
+            "max_steps": 50,
+        },
+        "cell": {"gpus": 2, "device": "cpu", "cpus_per_replica": 0.75, "scheduler_cpus": 0.25},
+        "scheduler": {"max_open_requests": 64},
+        "profile": {"shapes": list(SHAPES), "cache_dir": str(root / "profiles"), "repeats": 1},
+    }
+    application = {
+        "name": "tetriserve",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": args,
+    }
+    path = root / "test.yaml"
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(config: Path) -> Iterator[Server]:
+    server = Server(config)
+    yield server
+    server.stop()
+
+
+def body(size: str, seed: int, **more: Any) -> dict[str, Any]:
+    return {
+        "prompt": f"a small red circle and a large blue star, number {seed}",
+        "size": size,
+        "seed": seed,
+        "num_inference_steps": 6,
+        **more,
+    }
+
+
+def pixels(item: dict[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
+
+
+def test_mixed_load_gives_the_pictures_of_lone_requests(server: Server) -> None:
+    """Tens of requests of three sizes at once: all answered, degrees change on the way, pictures do not."""
+    load = [body("256x256", seed) for seed in range(14)]
+    load += [body("512x512", seed) for seed in range(12)]
+    load += [body("1024x1024", seed, num_inference_steps=12) for seed in range(6)]
+
+    async def at_once() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=200) as client:
+
+            async def send(number: int) -> httpx.Response:
+                await asyncio.sleep(0.15 * (len(load) - number))  # the large ones first
+                return await client.post("/v1/images/generations", json=load[number])
+
+            return await asyncio.gather(*(send(number) for number in range(len(load))))
+
+    responses = asyncio.run(at_once())
+    assert [response.status_code for response in responses] == [200] * len(load)
+    answers = [response.json() for response in responses]
+    paths = [answer["metrics"]["steps"] for answer in answers]
+    for request, path in zip(load, paths, strict=True):
+        assert sum(part["steps"] for part in path) == request["num_inference_steps"]
+        assert all(part["degree"] == len(part["gpus"]) for part in path)
+    degrees = [{part["degree"] for part in path} for path in paths]
+    assert any(len(used) > 1 for used in degrees), "no request changed its degree"
+    with httpx.Client(base_url=server.url, timeout=200) as client:
+        for number in (0, 1, 14, 15, *range(26, 32)):
+            alone = client.post("/v1/images/generations", json=load[number]).json()
+            difference = np.abs(
+                pixels(alone["data"][0]).astype(int) - pixels(answers[number]["data"][0]).astype(int)
+            )
+            assert difference.max() <= 1
+            assert (difference.max(axis=-1) == 0).mean() >= 0.999
+    assert server.health()["cells"][0]["open_requests"] == 0
+
+
+def test_openai_client_works_unchanged(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny-flux"]
+    response = client.images.generate(
+        model="tiny-flux",
+        prompt="a small red circle",
+        size="512x512",
+        n=2,
+        extra_body={"seed": 7, "num_inference_steps": 3},
+    )
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(d.b64_json)))) for d in response.data]
+    assert [picture.shape for picture in pictures] == [(512, 512, 3)] * 2
+    assert (pictures[0] != pictures[1]).mean() > 0.05
+    with pytest.raises(openai.NotFoundError, match="gpt-image"):
+        client.images.generate(model="gpt-image-1", prompt="a", size="512x512")
+    with pytest.raises(openai.BadRequestError, match="multiple of 16"):
+        client.images.generate(prompt="a", size="500x500")
+
+
+HANDLE_CLIENT = """
+import asyncio, sys
+import ray
+from ray import serve
+from tetriserve.errors import InvalidRequest
+from tetriserve.request import GenerateRequest, GenerateResult, Progress
+
+ray.init(address="auto", namespace="serve", log_to_driver=False)
+handle = serve.get_app_handle("tetriserve")
+
+async def main():
+    request = GenerateRequest(prompt="a star", height=256, width=512, num_inference_steps=8, seed=3, slo_s=30)
+    result = await handle.generate.remote(request)
+    assert result.image.shape == (256, 512, 3), result.image.shape
+    assert result.metrics.slo_met and result.metrics.seed == 3
+    items = [item async for item in handle.options(stream=True).stream.remote(request)]
+    assert all(isinstance(item, Progress) for item in items[:-1]) and len(items) > 2
+    done = [item.steps_done for item in items[:-1]]
+    assert done == sorted(done) and done[-1] == 8, done
+    assert isinstance(items[-1], GenerateResult) and (items[-1].image == result.image).all()
+    try:
+        await handle.generate.remote(GenerateRequest(prompt="", height=256, width=256))
+    except InvalidRequest as error:
+        assert error.field == "prompt", error
+    else:
+        raise AssertionError("an empty prompt was accepted")
+    cancelled = handle.generate.remote(GenerateRequest("a", 1024, 1024, num_inference_steps=50))
+    await asyncio.sleep(1)
+    cancelled.cancel()
+
+asyncio.run(main())
+print("handle ok")
+"""
+
+
+def test_python_handle(server: Server) -> None:
+    """Another Ray app on the same cluster: generate, stream, errors, cancel."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANDLE_CLIENT], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "handle ok" in done.stdout, done.stdout + done.stderr
+    wait_until(lambda: server.health()["cells"][0]["open_requests"] == 0)
+
+
+def test_disconnect_frees_the_gpus(server: Server) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/images/generations",
+            json=body("1024x1024", 1, num_inference_steps=50),
+            timeout=1.5,
+        )
+    wait_until(lambda: server.health()["cells"][0]["open_requests"] == 0)
+    wait_until(lambda: server.health()["cells"][0]["running"] == 0)
+
+
+def test_replicas_have_one_thread_and_low_priority(server: Server) -> None:
+    assert len(server.replicas()) == 2
+    for replica in server.replicas():
+        priorities = {
+            os.getpriority(os.PRIO_PROCESS, thread.id)
+            for thread in replica.threads()
+            if Path(f"/proc/{replica.pid}/task/{thread.id}").exists()
+        }
+        assert 10 in priorities  # the engine's thread yields ...
+        assert 0 in priorities  # ... and the actor's own threads do not
+
+
+def test_dead_replica_ends_requests_with_an_error_and_serve_replaces_the_cell(server: Server) -> None:
+    async def in_flight() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            tasks = [
+                asyncio.create_task(
+                    client.post(
+                        "/v1/images/generations", json=body("1024x1024", seed, num_inference_steps=50)
+                    )
+                )
+                for seed in range(3)
+            ]
+            await asyncio.sleep(1.5)
+            server.replicas()[1].kill()
+            return await asyncio.gather(*tasks)
+
+    for response in asyncio.run(in_flight()):
+        assert response.status_code == 500
+        assert "GPU replica" in response.json()["error"]["message"]
+    assert httpx.get(f"{server.url}/health", timeout=10).status_code == 503
+    wait_until(lambda: server.health()["status"] == "ready", seconds=120)
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=body("256x256", 1), timeout=60)
+    assert answer.status_code == 200
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true"
+        time.sleep(0.2)
