@@ -10,7 +10,9 @@ Writes `sp_scaling.md`, `.json` and `.png` to --out.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,8 @@ import matplotlib
 import ray
 from tqdm import tqdm
 
+from deployments.fleet import Fleet
 from deployments.local import load_config, start_ray
-from deployments.replica import THREADS, GPUReplica
-from solver.placement import aligned_sets
 from tetriserve.request import GenerateRequest, Shape
 from tetriserve.scheduler import Assignment
 
@@ -40,24 +41,19 @@ def main() -> None:
 
     _, _, args = load_config(options.config)
     gpus, degrees, shapes = args.cell.gpus, args.cell.all_degrees, args.profile.all_shapes
-    start_ray(gpus)
+    bundles = args.cell.bundles
+    start_ray(math.ceil(sum(bundle["CPU"] for bundle in bundles)))
     try:
-        actor = ray.remote(GPUReplica).options(
-            num_cpus=1, num_gpus=int(args.cell.device == "cuda"), max_concurrency=THREADS
-        )
-        replicas = [actor.remote(gpu, args) for gpu in range(gpus)]
-        info = ray.get([replica.info.remote() for replica in replicas])[0]
-        if gpus > 1:
-            port = ray.get(replicas[0].open_store.remote())
-            ray.get([replica.connect.remote(port, aligned_sets(gpus)) for replica in replicas])
-        pairs = [(s, d) for s in shapes for d in degrees if info.model.why_not_degree(s, d) is None]
+        fleet = Fleet(args, ray.util.placement_group(bundles, strategy="STRICT_PACK"))
+        asyncio.run(fleet.start())
+        pairs = fleet.measurable()
         samples: dict[tuple[Shape, int], list[float]] = {pair: [] for pair in pairs}
         for _ in tqdm(range(options.rounds), unit="round"):
             for shape, degree in pairs:
                 members = tuple(range(degree))
-                calls = [replicas[gpu].measure.remote(shape, members, 1, 3) for gpu in members]
+                calls = [fleet[gpu].measure.remote(shape, members, 1, 3) for gpu in members]
                 samples[shape, degree].append(max(step_s for step_s, _, _ in ray.get(calls)))
-        switch_s = switching(replicas, shapes[0], degrees) if gpus > 1 else []
+        switch_s = switching(fleet, shapes[0], degrees) if gpus > 1 else []
     finally:
         ray.shutdown()
 
@@ -81,7 +77,7 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     options.out.mkdir(parents=True, exist_ok=True)
-    title = f"{info.model.name} on {gpus} x {info.device}"
+    title = f"{fleet.info.name} on {gpus} x {fleet.device}"
     (options.out / "sp_scaling.md").write_text(
         f"`python bench/sp_scaling.py --config {options.config}`: {title}\n\n{table}\n"
     )
@@ -93,11 +89,11 @@ def main() -> None:
     plot(medians, degrees, shapes, title, options.out / "sp_scaling.png")
 
 
-def switching(replicas: list[Any], shape: Shape, degrees: tuple[int, ...], switches: int = 40) -> list[float]:
+def switching(fleet: Fleet, shape: Shape, degrees: tuple[int, ...], switches: int = 40) -> list[float]:
     """Seconds from the start of a range to its first step on GPU 0, which holds the latents, while one
     request changes its degree at every step."""
     request = GenerateRequest("a star", shape.height, shape.width, num_inference_steps=switches, seed=0)
-    last = dict.fromkeys(range(len(replicas)), -1)
+    last = dict.fromkeys(range(len(fleet)), -1)
 
     def run(seq: int, kind: str, members: tuple[int, ...], conditioning: Any, latents: Any) -> list[Any]:
         after = tuple(last[gpu] for gpu in members)
@@ -106,7 +102,7 @@ def switching(replicas: list[Any], shape: Shape, degrees: tuple[int, ...], switc
         holds = seq > 0 and 0 in members
         return ray.get(
             [
-                replicas[gpu].run.remote(
+                fleet[gpu].run.remote(
                     assignment,
                     request,
                     None if gpu == 0 and holds else conditioning,
@@ -122,7 +118,7 @@ def switching(replicas: list[Any], shape: Shape, degrees: tuple[int, ...], switc
         members = tuple(range(degrees[seq % len(degrees)]))
         (report, latents), *_ = run(seq, "denoise", members, conditioning, latents)
         times.append(report.switch_s)
-    ray.get([replica.release.remote("switch") for replica in replicas])
+    ray.get([fleet[gpu].release.remote("switch") for gpu in range(len(fleet))])
     return times
 
 

@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.cell import Cell
-from deployments.config import AppArgs, CellArgs
+from deployments.config import AppArgs
 from deployments.ingress import Ingress
 
 HEALTH_PERIOD_S = 5.0
@@ -28,7 +28,7 @@ def build(args: dict[str, Any]) -> Application:
         name="Cell",
         # the Serve replica only talks; the scheduler actor takes the CPUs of bundle 0 that both live in
         ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=cell_bundles(parsed.cell),
+        placement_group_bundles=parsed.cell.bundles,
         placement_group_strategy="STRICT_PACK",
         # above the cell's own limit: it answers the surplus at once, and must hear health and status calls
         max_ongoing_requests=2 * parsed.scheduler.max_open_requests + 64,
@@ -45,11 +45,3 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_wait_loop_s=STOP_POLL_S,
     )(serve.ingress()(Ingress))
     return ingress.bind(cell.bind(parsed), parsed)
-
-
-def cell_bundles(cell: CellArgs) -> list[dict[str, float]]:
-    """Resources of one cell's placement group: the scheduler's bundle, then one per GPU replica."""
-    replica: dict[str, float] = {"CPU": cell.cpus_per_replica}
-    if cell.device == "cuda":
-        replica["GPU"] = 1
-    return [{"CPU": cell.scheduler_cpus}, *(dict(replica) for _ in range(cell.gpus))]

@@ -78,6 +78,14 @@ class CellArgs(_Section):
         """The configured degrees, or the powers of two up to `gpus`."""
         return self.degrees or tuple(1 << i for i in range(self.gpus.bit_length()))
 
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """Resources of the cell's placement group: the scheduler's bundle, then one per GPU replica."""
+        replica: dict[str, float] = {"CPU": self.cpus_per_replica}
+        if self.device == "cuda":
+            replica["GPU"] = 1
+        return [{"CPU": self.scheduler_cpus}, *(dict(replica) for _ in range(self.gpus))]
+
 
 class SchedulerArgs(_Section):
     """The round-based scheduler and its packer."""

@@ -26,7 +26,6 @@ from ray import serve
 from ray.serve._private.api import serve_start
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-from deployments.app import cell_bundles
 from deployments.config import AppArgs
 from tetriserve.errors import ConfigError, TetriserveError
 
@@ -177,7 +176,7 @@ def cpus_needed(application: ServeApplicationSchema, args: AppArgs) -> int:
     override = next((item for item in application.deployments if item.name == "Cell"), None)
     settings = override.model_dump(exclude_unset=True) if override else {}
     cells = (settings.get("autoscaling_config") or {}).get("max_replicas") or settings.get("num_replicas")
-    bundles = settings.get("placement_group_bundles") or cell_bundles(args.cell)
+    bundles = settings.get("placement_group_bundles") or args.cell.bundles
     per_cell = sum(bundle.get("CPU", 0.0) for bundle in bundles)
     return max(os.cpu_count() or 1, math.ceil(per_cell * (cells if isinstance(cells, int) else 1)))
 

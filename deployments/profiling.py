@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import math
@@ -10,35 +11,56 @@ import re
 from pathlib import Path
 
 from deployments.config import AppArgs
+from deployments.fleet import Fleet
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
+from tetriserve.request import Shape
 
 logger = logging.getLogger(__name__)
 
 
-def cached_profile(args: AppArgs, model: str, fingerprint: str) -> Profile | None:
-    """The profile that this set-up measured before, or None."""
-    path = _cache_path(args, model, fingerprint)
-    if not path.exists():
-        return None
-    try:
-        profile = Profile.load(path)
-    except ConfigError as error:
-        logger.warning("measuring again: %s", error)
-        return None
-    logger.info("profile from %s", path)
-    return profile
+async def fitting_profile(args: AppArgs, fleet: Fleet) -> Profile:
+    """The configured file, the one this very set-up measured before, or a new measurement, which is kept.
 
-
-def store_profile(args: AppArgs, model: str, fingerprint: str, profile: Profile) -> None:
-    """Keep a measured profile for the next start. A cache that cannot be written is only a warning."""
-    path = _cache_path(args, model, fingerprint)
+    Raises `ConfigError` when the configured file cannot serve the configured degrees.
+    """
+    if args.profile.path is not None:
+        return _configured(args, args.profile.path, fleet)
+    path = _cache_path(args, fleet)
+    if path.exists():
+        try:
+            profile = Profile.load(path)
+            logger.info("profile from %s", path)
+            return profile
+        except ConfigError as error:
+            logger.warning("measuring again: %s", error)
+    profile = await fleet.profile(
+        lambda shape, degree, step_s: logger.info("%s at degree %d: %.4f s a step", shape, degree, step_s)
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_profile(path, profile)
         logger.info("profile kept in %s", path)
-    except OSError as error:
+    except OSError as error:  # a read-only home only costs the next start some seconds
         logger.warning("profile not kept: %s", error)
+    return profile
+
+
+def _configured(args: AppArgs, path: str, fleet: Fleet) -> Profile:
+    profile = Profile.load(path)
+    missing = set(args.cell.all_degrees) - set(profile.degrees)
+    if missing:
+        raise ConfigError(f"args.profile.path: {path} has no degrees {sorted(missing)}")
+    if (profile.model, profile.device) != (fleet.info.name, fleet.device):
+        logger.warning(
+            "profile %s is of %s on %s, this is %s on %s",
+            path,
+            profile.model,
+            profile.device,
+            fleet.info.name,
+            fleet.device,
+        )
+    return profile
 
 
 def write_profile(path: Path, profile: Profile) -> None:
@@ -49,48 +71,45 @@ def write_profile(path: Path, profile: Profile) -> None:
 
 
 def run(args: AppArgs, out: Path) -> None:
-    """`tetriserve profile`: start a cell as the server would, measure it, write the file, stop it.
+    """`tetriserve profile`: start the replicas as the server would, measure, write the file, stop them.
 
     Raises `ConfigError`.
     """
     import ray
     from tqdm import tqdm
 
-    from deployments.app import cell_bundles
     from deployments.local import start_ray
-    from deployments.scheduler import create_scheduler
 
     if not out.parent.is_dir():
-        raise ConfigError(f"--out: no such folder {out.parent}")
-    bundles = cell_bundles(args.cell)
+        raise ConfigError(f"--out {out}: no such folder: {out.parent}")
+
+    async def measure() -> Profile:
+        print("starting the replicas ...", flush=True)
+        await fleet.start()
+        with tqdm(total=len(fleet.measurable()), desc="profiling", unit="pair") as bar:
+
+            def measured(shape: Shape, degree: int, step_s: float) -> None:
+                bar.set_postfix_str(f"{shape} at degree {degree}: {step_s:.4f} s")
+                bar.update()
+
+            return await fleet.profile(measured)
+
+    bundles = args.cell.bundles
     start_ray(max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in bundles))))
     try:
-        group = ray.util.placement_group(bundles, strategy="STRICT_PACK")
-        scheduler = create_scheduler(args, group)
-        try:
-            ray.get(scheduler.load.remote())
-            pairs = ray.get(scheduler.measurable.remote())
-            times = {}
-            with tqdm(pairs, unit="shape", desc="profiling") as bar:
-                for shape, degree in bar:
-                    bar.set_postfix_str(f"{shape} at degree {degree}")
-                    times[shape, degree] = ray.get(scheduler.measure.remote(shape, degree))
-            write_profile(out, ray.get(scheduler.make_profile.remote(times)))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ConfigError):
-                raise error.cause from None
-            raise
+        fleet = Fleet(args, ray.util.placement_group(bundles, strategy="STRICT_PACK"))
+        write_profile(out, asyncio.run(measure()))
+        print(f"wrote {out}")
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        raise (cause if isinstance(cause, ConfigError) else ConfigError(str(error))) from None
     finally:
         ray.shutdown()
 
 
-def _cache_path(args: AppArgs, model: str, fingerprint: str) -> Path:
-    folder = args.profile.cache_dir
-    root = (
-        Path(folder).expanduser()
-        if folder
-        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tetriserve" / "profiles"
-    )
-    key = repr((fingerprint, args.cell.gpus, args.cell.all_degrees, args.profile.shapes))
-    name = re.sub(r"[^\w.-]", "-", model)
+def _cache_path(args: AppArgs, fleet: Fleet) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    root = Path(args.profile.cache_dir or cache / "tetriserve" / "profiles").expanduser()
+    key = repr((fleet.fingerprint, args.cell.gpus, args.cell.all_degrees, args.profile.shapes))
+    name = re.sub(r"[^\w.-]", "-", fleet.info.name)
     return root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.yaml"

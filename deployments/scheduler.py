@@ -22,13 +22,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from solver.policies import make_policy
 
 from deployments.config import AppArgs
-from deployments.profiling import cached_profile, store_profile
-from deployments.replica import THREADS, GPUReplica
-from solver.placement import aligned_sets, gpu_sets
+from deployments.fleet import Fleet
+from deployments.profiling import fitting_profile
 from solver.problem import Packing, Phase, Snapshot
 from tetriserve.engine.report import Report
 from tetriserve.errors import (
-    ConfigError,
     DeadlineInfeasible,
     GenerationFailed,
     InvalidRequest,
@@ -36,7 +34,6 @@ from tetriserve.errors import (
     Overloaded,
     TetriserveError,
 )
-from tetriserve.profile import Profile
 from tetriserve.request import (
     CellStatus,
     GenerateRequest,
@@ -44,7 +41,6 @@ from tetriserve.request import (
     Metrics,
     ModelInfo,
     Progress,
-    Shape,
     StepRange,
 )
 from tetriserve.scheduler import Assignment, RoundScheduler
@@ -93,9 +89,8 @@ class Scheduler:
     def __init__(self, args: AppArgs, group: PlacementGroup) -> None:
         logging.basicConfig(level=logging.INFO)
         self._args = args
-        self._group = group
+        self._fleet = Fleet(args, group)
         self._entries: dict[str, _Entry] = {}
-        self._replicas: list[Any] = []
         self._wake = asyncio.Event()
         self._failure = "starting"
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -110,8 +105,9 @@ class Scheduler:
 
     async def start(self) -> None:
         """Load the model everywhere, join the groups, get the profile, then plan. Raises `ConfigError`."""
-        await self.load()
-        self._profile = await self._fitting_profile()
+        await self._fleet.start()
+        self._info = self._fleet.info
+        self._profile = await fitting_profile(self._args, self._fleet)
         scheduler = self._args.scheduler
         self._rounds = RoundScheduler(
             self._policy,
@@ -123,113 +119,7 @@ class Scheduler:
         self._last_report_s = [time.monotonic()] * self._args.cell.gpus
         self._failure = ""
         self._spawn(self._plan_forever())
-        logger.info("cell is ready: %s on %d x %s", self._info.name, self._args.cell.gpus, self._device)
-
-    async def load(self) -> None:
-        """Start the replicas and join them; steps can be measured from then on."""
-        cell = self._args.cell
-        actor = ray.remote(GPUReplica)
-        self._replicas = [
-            actor.options(
-                num_cpus=cell.cpus_per_replica,
-                num_gpus=1 if cell.device == "cuda" else 0,
-                max_concurrency=THREADS,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=1 + gpu
-                ),
-            ).remote(gpu, self._args)
-            for gpu in range(cell.gpus)
-        ]
-        infos = await asyncio.gather(*(replica.info.remote() for replica in self._replicas))
-        self._info: ModelInfo = infos[0].model
-        self._device: str = infos[0].device
-        self._fingerprint: str = infos[0].fingerprint
-        if cell.gpus > 1:
-            port = await self._replicas[0].open_store.remote()
-            sets = tuple(gpus for gpus in aligned_sets(cell.gpus) if len(gpus) in cell.all_degrees)
-            await asyncio.gather(*(replica.connect.remote(port, sets) for replica in self._replicas))
-
-    async def measure(self, shape: Shape, degree: int) -> tuple[float, float | None, float | None]:
-        """Median seconds of (step, encode, decode) with all GPUs busy at this degree, as in service."""
-        settings = self._args.profile
-        disjoint: list[tuple[int, ...]] = []
-        for gpus in gpu_sets(self._args.cell.gpus, degree):
-            if not any(set(gpus) & set(other) for other in disjoint):
-                disjoint.append(gpus)
-        calls = [
-            self._replicas[gpu].measure.remote(shape, gpus, settings.warmup, settings.repeats)
-            for gpus in disjoint
-            for gpu in gpus
-        ]
-        results = await asyncio.gather(*calls)
-        return tuple(  # type: ignore[return-value]
-            None if column[0] is None else sorted(column)[len(column) // 2]
-            for column in zip(*results, strict=True)
-        )
-
-    def measurable(self) -> list[tuple[Shape, int]]:
-        """Every shape and degree of the configuration that the model can run; logs why others cannot."""
-        pairs = []
-        for shape in self._args.profile.all_shapes:
-            reason = self._info.why_not_shape(shape)
-            if reason:
-                raise ConfigError(f"args.profile.shapes: {shape}: {reason}")
-            for degree in self._args.cell.all_degrees:
-                reason = self._info.why_not_degree(shape, degree)
-                if reason is None:
-                    pairs.append((shape, degree))
-                else:
-                    logger.info("degree %d is not used for %s: %s", degree, shape, reason)
-        return pairs
-
-    def make_profile(
-        self, times: dict[tuple[Shape, int], tuple[float, float | None, float | None]]
-    ) -> Profile:
-        """A profile of what `measure` returned."""
-        steps: dict[Shape, dict[int, float]] = {}
-        for (shape, degree), (step_s, _, _) in times.items():
-            steps.setdefault(shape, {})[degree] = step_s
-        settings = self._args.profile
-        return Profile(
-            model=self._info.name,
-            device=self._device,
-            source=f"measured by tetriserve profile: median of {settings.repeats} steps after "
-            f"{settings.warmup}, {self._args.model.dtype}, {self._args.cell.attention_backend} attention",
-            degrees=self._args.cell.all_degrees,
-            step_seconds=steps,
-            encode_seconds={s: e for (s, degree), (_, e, _) in times.items() if degree == 1 and e},
-            decode_seconds={s: d for (s, degree), (_, _, d) in times.items() if degree == 1 and d},
-        )
-
-    async def _fitting_profile(self) -> Profile:
-        """The configured file, the cached one of this very set-up, or a new measurement."""
-        settings = self._args.profile
-        if settings.path is not None:
-            profile = Profile.load(settings.path)
-            missing = set(self._args.cell.all_degrees) - set(profile.degrees)
-            if missing:
-                raise ConfigError(f"args.profile.path: {settings.path} has no degrees {sorted(missing)}")
-            if profile.device != self._device or profile.model != self._info.name:
-                logger.warning(
-                    "profile %s is of %s on %s, this is %s on %s",
-                    settings.path, profile.model, profile.device, self._info.name, self._device,
-                )  # fmt: skip
-            return profile
-        found = cached_profile(self._args, self._info.name, self._fingerprint)
-        if found is not None:
-            return found
-        times = {}
-        pairs = self.measurable()
-        for number, (shape, degree) in enumerate(pairs, 1):
-            times[shape, degree] = await self.measure(shape, degree)
-            logger.info(
-                "profiling %d/%d: %s at degree %d: %.4f s a step",
-                number, len(pairs), shape, degree, times[shape, degree][0],
-            )  # fmt: skip
-        profile = self.make_profile(times)
-        store_profile(self._args, self._info.name, self._fingerprint, profile)
-        return profile
+        logger.info("cell is ready: %s on %d x %s", self._info.name, len(self._fleet), self._fleet.device)
 
     # ---- requests -----------------------------------------------------------------------------------------
 
@@ -334,7 +224,7 @@ class Scheduler:
 
     def _release(self, entry: _Entry) -> None:
         for gpu in entry.knows:
-            self._replicas[gpu].release.remote(entry.id)
+            self._fleet[gpu].release.remote(entry.id)
         entry.conditioning = entry.latents = None
 
     # ---- planning -----------------------------------------------------------------------------------------
@@ -381,7 +271,7 @@ class Scheduler:
         for gpu in assignment.gpus:
             leader = gpu == assignment.gpus[0]
             results = (
-                self._replicas[gpu]
+                self._fleet[gpu]
                 .run.options(num_returns=returns if leader else 1)
                 .remote(
                     assignment,
@@ -536,7 +426,7 @@ class Scheduler:
 
 
 def create_scheduler(args: AppArgs, group: PlacementGroup) -> Any:
-    """The scheduler actor of a cell, in bundle 0 of its placement group; `start` or `load` it next."""
+    """The scheduler actor of a cell, in bundle 0 of its placement group; `start` it next."""
     return (
         ray.remote(Scheduler)
         .options(

@@ -1,6 +1,6 @@
 """The ILP packer (`ilp`): choose whom to serve on time, then prove it by an exact list schedule (packing.md).
 
-In nine of ten decisions everybody can be on time and plain deadline order shows it; the ILP is only asked
+In nine of ten decisions everybody can be on time and a list schedule of all shows it; the ILP is only asked
 otherwise. Whatever happens to the solver or the clock, the best schedule found so far is a valid packing.
 """
 
@@ -16,10 +16,18 @@ from solver.listing import Rule, Run, Schedule, fill_gaps, schedule_on_time
 from solver.problem import Packing, Snapshot
 from solver.selection import Demand, select
 
-RULES = (Rule(), Rule(least_laxity=True), Rule(hold=True))
-"""Orders of the exact completion, tried in turn; four more bring little (packing.md)."""
+RULES = (
+    Rule(single_degree=True),
+    Rule(),
+    Rule(hold=True),
+    Rule(single_degree=True, hold=True),
+)
+"""Variants of the exact completion, best first; all are tried while the clock allows."""
 MAX_CUTS = 3
 MAX_DROPS = 6
+SAFE_SHARE = 0.2
+"""Slack at the end, as a share of the budget, beyond which a plan counts as safe."""
+STARVING_AFTER_S = 60.0
 
 
 @dataclass
@@ -28,32 +36,37 @@ class _Search:
 
     board: Board
     end_s: float
+    spare: int
+    starving: OpenJob | None
     best: Schedule | None = None
     best_served: frozenset[int] = frozenset()
+    best_starving: Run | None = None
     info: dict[str, float] = field(default_factory=lambda: {"completions": 0.0, "ilps": 0.0})
 
     def is_over(self) -> bool:
         return time.perf_counter() >= self.end_s
 
     def complete(self, jobs: Sequence[OpenJob], served: Collection[int]) -> Schedule:
-        """Complete a choice in every order until one has them all on time; returns its best schedule."""
-        best: Schedule | None = None
+        """The best completion of a choice of requests; remembered when it is the best of all."""
+        found: Schedule | None = None
         for rule in RULES:
-            schedule = schedule_on_time(self.board, [Run(jobs[i]) for i in served], rule)
-            self.info["completions"] += 1
-            if best is None or _worth(schedule) > _worth(best):
-                best = schedule
-            if not best.missed or self.is_over():
+            if found is not None and self.is_over():
                 break
-        assert best is not None
-        if self.best is None or _worth(best) > _worth(self.best):
-            self.best, self.best_served = best, frozenset(served)
-        return best
+            starving = None if self.starving is None else Run(self.starving)
+            runs = [Run(jobs[i]) for i in served]
+            schedule = schedule_on_time(self.board, runs, rule, spare=self.spare, starving=starving)
+            self.info["completions"] += 1
+            if found is None or _worth(schedule) > _worth(found):
+                found = schedule
+            if self.best is None or _worth(schedule) > _worth(self.best):
+                self.best, self.best_served, self.best_starving = schedule, frozenset(served), starving
+        assert found is not None
+        return found
 
 
-def _worth(schedule: Schedule) -> tuple[int, float]:
-    """More on time; ties by lower mean finish (packing.md)."""
-    return schedule.on_time, -schedule.finish_sum_s
+def _worth(schedule: Schedule) -> tuple[int, float, float]:
+    """More on time; then not on the edge, since the next arrival is not in the plan; then lower mean finish."""
+    return schedule.on_time, min(schedule.safety, SAFE_SHARE), -schedule.finish_sum_s
 
 
 @dataclass(frozen=True)
@@ -71,24 +84,25 @@ class IlpPolicy:
 
     def __call__(self, snapshot: Snapshot) -> Packing:
         board = Board(snapshot)
-        jobs = [job for job in board.jobs if not job.is_late]
-        late = [Run(job) for job in board.jobs if job.is_late]
-        search = _Search(board, time.perf_counter() + self.time_limit_s)
+        jobs = [job for job in board.jobs if not job.is_late and job.job.deadline_s < math.inf]
+        late = sorted((job for job in board.jobs if job.is_late), key=_waiting_order)
+        patient = sorted((job for job in board.jobs if job.job.deadline_s == math.inf), key=_waiting_order)
+        starving = _starving(snapshot.now_s, [*patient, *late])
+        end_s = time.perf_counter() + self.time_limit_s
+        # a request without deadline is no reason to be late, but comes before widening others beyond their need
+        search = _Search(board, end_s, spare=len(patient), starving=starving)
         if search.complete(jobs, range(len(jobs))).missed:
             self._improve(search, jobs)
         schedule = search.best
         assert schedule is not None
-        set_aside = [Run(job) for i, job in enumerate(jobs) if i not in search.best_served]
-        given_up = frozenset(run.open.job.id for run in schedule.missed + set_aside)
-        late.sort(key=lambda run: run.open.job.arrival_s)
-        fill_gaps(board, schedule, schedule.missed + set_aside + late)
-        return Packing(tuple(schedule.entries), given_up, search.info)
+        set_aside = schedule.missed + [Run(job) for i, job in enumerate(jobs) if i not in search.best_served]
+        rest = [search.best_starving if job is starving else Run(job) for job in [*patient, *late]]
+        fill_gaps(board, schedule, set_aside + [run for run in rest if run is not None])
+        return Packing(tuple(schedule.entries), frozenset(run.open.job.id for run in set_aside), search.info)
 
     def _improve(self, search: _Search, jobs: Sequence[OpenJob]) -> None:
         """Set requests aside as the ILP says, cut by cut; then one by one by hand."""
-        bounded = [i for i, job in enumerate(jobs) if job.job.deadline_s < math.inf]
-        unbounded = [i for i in range(len(jobs)) if i not in set(bounded)]
-        demands = [_demand(jobs[i]) for i in bounded]
+        demands = [_demand(job) for job in jobs]
         cuts: list[frozenset[int]] = []
         served = list(range(len(jobs)))
         schedule = search.best
@@ -99,12 +113,12 @@ class IlpPolicy:
             search.info["ilps"] += 1
             if selection is None:
                 break
-            served = sorted([bounded[k] for k in selection.chosen] + unbounded)
+            served = sorted(selection.chosen)
             schedule = search.complete(jobs, served)
             if not schedule.missed:
                 return
             first_s = schedule.missed[0].open.job.deadline_s
-            cuts.append(frozenset(k for k in selection.chosen if demands[k].deadline_s <= first_s))
+            cuts.append(frozenset(i for i in served if demands[i].deadline_s <= first_s))
         for _ in range(MAX_DROPS):
             if not schedule.missed or search.is_over():
                 return
@@ -135,3 +149,15 @@ def _demand(job: OpenJob) -> Demand:
         gpu_seconds += mix.gpu_seconds
         slack_s -= mix.seconds - work.steps * work.table.fastest_s
     return Demand(job.job.deadline_s, gpu_seconds, job.job.set_aside, job.job.priority)
+
+
+def _waiting_order(job: OpenJob) -> tuple[int, float, str]:
+    return (-job.job.priority, job.job.arrival_s, job.job.id)
+
+
+def _starving(now_s: float, best_effort: Sequence[OpenJob]) -> OpenJob | None:
+    """The best-effort request that made no progress for longest, when that is too long."""
+    longest = min(best_effort, key=lambda job: job.job.ready_s, default=None)
+    if longest is None or now_s - longest.job.ready_s < STARVING_AFTER_S:
+        return None
+    return longest

@@ -1,8 +1,8 @@
 """Event-driven list schedule of whole steps: the exact completion of a choice of requests (packing.md).
 
-At every instant at which a GPU or a request becomes free, idle GPUs go to the waiting requests in a given order.
-Each takes its floor, the narrowest degree of its cheapest mix that still fits its deadline; what is left idle then
-widens those it helps most. A segment runs whole steps up to the next round boundary and is never cut.
+At every instant at which a GPU or a request becomes free, idle GPUs go to the waiting requests in deadline order.
+Each takes its floor, the narrowest degree that the rule allows it; what is left idle then widens those it helps
+most. A segment runs whole steps up to a round boundary and is never cut.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ GROWTH = 0.15
 
 @dataclass(frozen=True)
 class Rule:
-    """How a list schedule treats the requests that must be on time.
+    """How a list schedule treats the requests that are to be on time.
 
     Attributes:
-        least_laxity: order by slack at each instant; else by deadline, once.
+        single_degree: the floor is the narrowest degree that fits all remaining steps, which keeps slack for
+            surprises; else the narrowest of the mix, which is cheaper in GPU-seconds and leans on the widening.
         hold: keep GPUs idle for a wide request that is in front but lacks some.
-        budget_share: share of the time left in which a request's floor has to fit.
+        give_up: a request that cannot be on time any more leaves the schedule.
     """
 
-    least_laxity: bool = False
+    single_degree: bool = False
     hold: bool = False
-    budget_share: float = 1.0
+    give_up: bool = True
 
 
 class Run:
@@ -58,14 +59,15 @@ class Run:
         least_s = self.steps * work.table.fastest_s + work.tail_s
         return self.open.job.deadline_s - max(now_s, self.ready_s) - least_s
 
-    def floor_at(self, now_s: float, budget_share: float) -> int:
-        """Index of the narrowest degree of the cheapest mix that fits this share of the time left."""
-        work = self.work
-        table = work.table
-        budget_s = budget_share * (self.open.job.deadline_s - now_s - work.tail_s) + EPSILON_S
+    def floor_at(self, now_s: float, rule: Rule) -> int:
+        """Index of the narrowest degree to run at now; the fastest when nothing fits the deadline."""
+        table = self.work.table
+        budget_s = self.open.job.deadline_s - now_s - self.work.tail_s + EPSILON_S
         last = len(table.degrees) - 1
         for index in range(last):
-            if table.seconds[index] + (self.steps - 1) * table.seconds[index + 1] <= budget_s:
+            narrow = self.steps if rule.single_degree else 1
+            seconds = narrow * table.seconds[index] + (self.steps - narrow) * table.seconds[index + 1]
+            if seconds <= budget_s:
                 return index
         return last
 
@@ -91,8 +93,9 @@ class Schedule:
     """Entries so far and what became of the requests.
 
     Attributes:
+        runs: the requests that were to be on time.
         busy: per GPU, (start, end) of the entries in order of start.
-        missed: runs that became late on the way, in that order, with the work they have left.
+        missed: those of `runs` that became late on the way, in that order, with the work they have left.
     """
 
     entries: list[Entry]
@@ -102,11 +105,18 @@ class Schedule:
 
     @property
     def on_time(self) -> int:
-        return sum(run.finish_s <= run.open.job.deadline_s + 1e-6 for run in self.runs)
+        return len(self.runs) - len(self.missed)
 
     @property
     def finish_sum_s(self) -> float:
         return sum(run.finish_s for run in self.runs if run.is_done)
+
+    @property
+    def safety(self) -> float:
+        """Least slack left at the end, as a share of the request's budget, over those on time."""
+        ends = [(run.finish_s, run.open.job) for run in self.runs if run.is_done]
+        shares = [(job.deadline_s - end_s) / max(job.deadline_s - job.arrival_s, EPSILON_S) for end_s, job in ends]
+        return min(shares, default=0.0)
 
 
 @dataclass
@@ -190,7 +200,7 @@ class _Lister:
         for run in waiting:
             if not idle:
                 break
-            index = run.floor_at(self.now_s, self.rule.budget_share)
+            index = run.floor_at(self.now_s, self.rule)
             gpus = self.find(run, index, idle)
             if gpus is None:
                 index, gpus = self.second_best(run, index, idle)
@@ -225,15 +235,18 @@ class _Lister:
                     break
         return picks, idle
 
-    def widen(self, picks: list[_Pick], idle: int) -> None:
-        """Give idle GPUs, one widening at a time, to the pick that saves most seconds per GPU."""
-        while idle:
+    def widen(self, picks: list[_Pick], idle: int, spare: int) -> None:
+        """Give idle GPUs, one widening at a time, to the pick that saves most seconds per GPU.
+
+        `spare` idle GPUs are left to others.
+        """
+        while idle.bit_count() > spare:
             best: tuple[float, _Pick, int, GpuSet] | None = None
             for pick in picks:
                 table = pick.run.work.table
                 for index in range(pick.index + 1, len(table.degrees)):
                     extra = table.degrees[index] - table.degrees[pick.index]
-                    if extra > idle.bit_count():
+                    if extra > idle.bit_count() - spare:
                         break
                     gain = pick.run.steps * (table.seconds[pick.index] - table.seconds[index]) / extra
                     if best is not None and gain <= best[0]:
@@ -274,33 +287,34 @@ class _Lister:
         return snapshot.boundary_s + max(0, rounds) * snapshot.round_s
 
 
-def schedule_on_time(board: Board, runs: Sequence[Run], rule: Rule) -> Schedule:
+def schedule_on_time(
+    board: Board, runs: Sequence[Run], rule: Rule, *, spare: int = 0, starving: Run | None = None
+) -> Schedule:
     """List schedule of requests that are to be on time.
 
-    A run that becomes late on the way leaves the schedule at that point: `missed`.
+    Args:
+        spare: idle GPUs that nobody here is widened onto.
+        starving: gets one segment before all others, at its narrowest degree.
     """
     lister = _Lister(board, rule, ())
     schedule = Schedule(lister.entries, list(runs), lister.busy)
     order = sorted(runs, key=urgency)
-    events = _events(lister, order)
-    while events and order:
+    events = _events(lister, order if starving is None else [starving, *order])
+    while events and (order or starving):
         _next_instant(lister, events)
         idle = lister.idle()
-        waiting = []
-        kept = []
-        for run in order:
-            if run.laxity_s(lister.now_s) < -EPSILON_S:
-                schedule.missed.append(run)
-                continue
-            kept.append(run)
-            if run.ready_s <= lister.now_s + EPSILON_S:
-                waiting.append(run)
-        order = kept
-        if rule.least_laxity:
-            waiting.sort(key=lambda run: run.laxity_s(lister.now_s))
+        first: list[_Pick] = []
+        if starving is not None and starving.ready_s <= lister.now_s + EPSILON_S:
+            first, idle = lister.gaps([starving], idle)
+            starving = None if first else starving
+        if rule.give_up:
+            hopeless = [run for run in order if run.laxity_s(lister.now_s) < -EPSILON_S]
+            schedule.missed.extend(hopeless)
+            order = [run for run in order if run not in hopeless] if hopeless else order
+        waiting = [run for run in order if run.ready_s <= lister.now_s + EPSILON_S]
         picks, idle = lister.floors(waiting, idle)
-        lister.widen(picks, idle)
-        for pick in picks:
+        lister.widen(picks, idle, spare)
+        for pick in first + picks:
             heapq.heappush(events, lister.launch(pick))
         order = [run for run in order if not run.is_done]
     return schedule
@@ -309,24 +323,24 @@ def schedule_on_time(board: Board, runs: Sequence[Run], rule: Rule) -> Schedule:
 def fill_gaps(board: Board, schedule: Schedule, runs: Sequence[Run]) -> None:
     """Run `runs`, in the given order, on what `schedule` leaves idle; its entries stay as they are."""
     lister = _Lister(board, Rule(), schedule.busy)
-    order = list(runs)
+    order = [run for run in runs if not run.is_done]
     events = _events(lister, order)
     for spans in schedule.busy:
         events.extend(end_s for _, end_s in spans)
     heapq.heapify(events)
     while events and order:
         _next_instant(lister, events)
-        idle = lister.idle()
         waiting = [run for run in order if run.ready_s <= lister.now_s + EPSILON_S]
-        picks, idle = lister.gaps(waiting, idle)
-        lister.widen(picks, idle)
+        if not waiting:
+            continue
+        picks, idle = lister.gaps(waiting, lister.idle())
+        lister.widen(picks, idle, 0)
         for pick in picks:
             heapq.heappush(events, lister.launch(pick))
         if picks:
             order = [run for run in order if not run.is_done]
     schedule.entries.extend(lister.entries)
     schedule.entries.sort(key=lambda entry: (entry.start_s, entry.end_s))
-    schedule.runs.extend(runs)
 
 
 def urgency(run: Run) -> tuple[float, int, float, str]:

@@ -10,7 +10,7 @@ import yaml
 from ray.serve._private.build_app import build_app
 from ray.serve.config import ProxyLocation
 
-from deployments.app import build, cell_bundles
+from deployments.app import build
 from deployments.config import AppArgs
 from deployments.local import cpus_needed, load_config
 from tetriserve.errors import ConfigError
@@ -51,7 +51,7 @@ def test_every_profiled_shape_is_served(file: Path) -> None:
 
 def test_local_file_fits_two_cores() -> None:
     _, application, args = load_config("cluster_configs/cpu_local.yaml")
-    assert sum(bundle["CPU"] for bundle in cell_bundles(args.cell)) <= 2
+    assert sum(bundle["CPU"] for bundle in args.cell.bundles) <= 2
     assert args.model.path == "embedded"
     assert cpus_needed(application, args) >= 2
 
@@ -75,7 +75,7 @@ def test_cell_lives_in_one_placement_group_on_one_node() -> None:
     assert config.placement_group_bundles == [{"CPU": 1.0}] + [{"CPU": 1.0, "GPU": 1}] * 4
     assert config.ray_actor_options["num_cpus"] == 0
     assert deployments["Ingress"]._replica_config.ray_actor_options["num_cpus"] == 0
-    assert cell_bundles(AppArgs.parse(CPU_ARGS).cell) == [{"CPU": 0.25}, {"CPU": 0.75}, {"CPU": 0.75}]
+    assert AppArgs.parse(CPU_ARGS).cell.bundles == [{"CPU": 0.25}, {"CPU": 0.75}, {"CPU": 0.75}]
 
 
 def test_queue_limit_is_the_cells_own() -> None:

@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 VERSION = "embedded-flux-v1"
-TEXT_TOKENS = 64
-"""Sequence length of the T5 encoder that the embedded model is made for."""
 
 _WORDS = tuple(
     (

@@ -1,0 +1,133 @@
+"""The GPU replicas of a cell: started, joined and measured together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deployments.config import AppArgs
+from deployments.replica import THREADS, GPUReplica
+from solver.placement import aligned_sets, gpu_sets
+from tetriserve.errors import ConfigError
+from tetriserve.profile import Profile
+from tetriserve.request import ModelInfo, Shape
+
+logger = logging.getLogger(__name__)
+
+Measured = Callable[[Shape, int, float], None]
+"""Told of every measurement: shape, degree, seconds of a step."""
+
+
+class Fleet:
+    """Owns the replica actors, in bundles 1 to n of the cell's placement group.
+
+    Attributes:
+        info: the model that all of them loaded.
+        device: its device, in words.
+        fingerprint: changes with anything that changes step times.
+    """
+
+    def __init__(self, args: AppArgs, group: PlacementGroup) -> None:
+        self._args = args
+        self._group = group
+        self._replicas: list[Any] = []
+        self.info: ModelInfo
+        self.device = ""
+        self.fingerprint = ""
+
+    def __len__(self) -> int:
+        return self._args.cell.gpus
+
+    def __getitem__(self, gpu: int) -> Any:
+        return self._replicas[gpu]
+
+    async def start(self) -> None:
+        """Load the model everywhere and warm the groups of all aligned sets. Raises `ConfigError`."""
+        cell = self._args.cell
+        self._replicas = [
+            ray.remote(GPUReplica)
+            .options(
+                num_cpus=cell.cpus_per_replica,
+                num_gpus=1 if cell.device == "cuda" else 0,
+                max_concurrency=THREADS,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=1 + gpu
+                ),
+            )
+            .remote(gpu, self._args)
+            for gpu in range(cell.gpus)
+        ]
+        infos = await asyncio.gather(*(replica.info.remote() for replica in self._replicas))
+        self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
+        if cell.gpus > 1:
+            port = await self._replicas[0].open_store.remote()
+            sets = tuple(gpus for gpus in aligned_sets(cell.gpus) if len(gpus) in cell.all_degrees)
+            await asyncio.gather(*(replica.connect.remote(port, sets) for replica in self._replicas))
+
+    def measurable(self) -> list[tuple[Shape, int]]:
+        """Every shape and degree of the configuration that the model can run; logs why others cannot.
+
+        Raises `ConfigError` for a shape that the model cannot run at all.
+        """
+        pairs = []
+        for shape in self._args.profile.all_shapes:
+            reason = self.info.why_not_shape(shape)
+            if reason:
+                raise ConfigError(f"args.profile.shapes: {shape}: {reason}")
+            for degree in self._args.cell.all_degrees:
+                reason = self.info.why_not_degree(shape, degree)
+                if reason is None:
+                    pairs.append((shape, degree))
+                else:
+                    logger.info("degree %d is not used for %s: %s", degree, shape, reason)
+        return pairs
+
+    async def measure(self, shape: Shape, degree: int) -> tuple[float, float | None, float | None]:
+        """Median seconds of (step, encode, decode) with all GPUs busy at this degree, as in service."""
+        settings = self._args.profile
+        disjoint: list[tuple[int, ...]] = []
+        for gpus in gpu_sets(len(self), degree):
+            if not any(set(gpus) & set(other) for other in disjoint):
+                disjoint.append(gpus)
+        results = await asyncio.gather(
+            *(
+                self._replicas[gpu].measure.remote(shape, gpus, settings.warmup, settings.repeats)
+                for gpus in disjoint
+                for gpu in gpus
+            )
+        )
+        steps, encodes, decodes = zip(*results, strict=True)
+        if degree > 1:
+            return statistics.median(steps), None, None
+        return statistics.median(steps), statistics.median(encodes), statistics.median(decodes)
+
+    async def profile(self, measured: Measured) -> Profile:
+        """Measure every shape and degree of the configuration."""
+        args = self._args
+        steps: dict[Shape, dict[int, float]] = {}
+        encode: dict[Shape, float] = {}
+        decode: dict[Shape, float] = {}
+        for shape, degree in self.measurable():
+            step_s, encode_s, decode_s = await self.measure(shape, degree)
+            steps.setdefault(shape, {})[degree] = step_s
+            if encode_s is not None and decode_s is not None:
+                encode[shape], decode[shape] = encode_s, decode_s
+            measured(shape, degree, step_s)
+        return Profile(
+            model=self.info.name,
+            device=self.device,
+            source=f"measured by tetriserve profile: median of {args.profile.repeats} steps after "
+            f"{args.profile.warmup}, {args.model.dtype}, {args.cell.attention_backend} attention",
+            degrees=args.cell.all_degrees,
+            step_seconds=steps,
+            encode_seconds=encode,
+            decode_seconds=decode,
+        )
