@@ -14,7 +14,6 @@ import base64
 import io
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu"))
     options = parser.parse_args()
 
-    config = yaml.safe_load(options.config.read_text())
-    args = config["applications"][0]["args"]
-    args.setdefault("scheduler", {})["policy"] = "sp1"
+    args = yaml.safe_load(options.config.read_text())["applications"][0]["args"]
     model, device = args["model"], args["cell"]["device"]
     if device == "cpu":
         torch.set_num_threads(1)
@@ -75,49 +72,46 @@ def main() -> None:
         ).images[0]
         return time.perf_counter() - begin, np.asarray(image)
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "overhead.yaml"
-        path.write_text(yaml.safe_dump(config))
-        with running_server(path) as url, httpx.Client(base_url=url, timeout=600) as client:
+    with running_server(options.config, "sp1") as url, httpx.Client(base_url=url, timeout=600) as client:
 
-            def stack(width: int, height: int, seed: int) -> tuple[float, np.ndarray, dict[str, Any]]:
-                body = {
-                    "prompt": PROMPT,
-                    "size": f"{width}x{height}",
-                    "seed": seed,
-                    "num_inference_steps": options.steps,
-                }
-                begin = time.perf_counter()
-                answer = client.post("/v1/images/generations", json=body).raise_for_status().json()
-                seconds = time.perf_counter() - begin
-                picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
-                return seconds, np.asarray(picture), answer
+        def stack(width: int, height: int, seed: int) -> tuple[float, np.ndarray, dict[str, Any]]:
+            body = {
+                "prompt": PROMPT,
+                "size": f"{width}x{height}",
+                "seed": seed,
+                "num_inference_steps": options.steps,
+            }
+            begin = time.perf_counter()
+            answer = client.post("/v1/images/generations", json=body).raise_for_status().json()
+            seconds = time.perf_counter() - begin
+            picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+            return seconds, np.asarray(picture), answer
 
-            rows = []
-            for size in options.sizes:
-                width, height = map(int, size.split("x"))
-                plain(width, height, 0)
-                stack(width, height, 0)
-                pairs = []
-                for seed in tqdm(range(1, options.pairs + 1), desc=size):
-                    if seed % 2:
-                        plain_s, expected = plain(width, height, seed)
-                        stack_s, got, answer = stack(width, height, seed)
-                    else:
-                        stack_s, got, answer = stack(width, height, seed)
-                        plain_s, expected = plain(width, height, seed)
-                    stages = answer["metrics"]["stage_durations"]
-                    working_s = stages["encode"] + stages["denoise"] + stages["decode"]
-                    pairs.append(
-                        {
-                            "plain_s": plain_s,
-                            "stack_s": stack_s,
-                            "ratio": stack_s / plain_s,
-                            "idle_share": 1 - working_s / answer["inference_time_s"],
-                            "max_pixel_difference": int(np.abs(expected.astype(int) - got).max()),
-                        }
-                    )
-                rows.append({"size": size, "steps": options.steps, "pairs": pairs})
+        rows = []
+        for size in options.sizes:
+            width, height = map(int, size.split("x"))
+            plain(width, height, 0)
+            stack(width, height, 0)
+            pairs = []
+            for seed in tqdm(range(1, options.pairs + 1), desc=size):
+                if seed % 2:
+                    plain_s, expected = plain(width, height, seed)
+                    stack_s, got, answer = stack(width, height, seed)
+                else:
+                    stack_s, got, answer = stack(width, height, seed)
+                    plain_s, expected = plain(width, height, seed)
+                stages = answer["metrics"]["stage_durations"]
+                working_s = stages["encode"] + stages["denoise"] + stages["decode"]
+                pairs.append(
+                    {
+                        "plain_s": plain_s,
+                        "stack_s": stack_s,
+                        "ratio": stack_s / plain_s,
+                        "idle_share": 1 - working_s / answer["inference_time_s"],
+                        "max_pixel_difference": int(np.abs(expected.astype(int) - got).max()),
+                    }
+                )
+            rows.append({"size": size, "steps": options.steps, "pairs": pairs})
 
     lines = [
         "| size | steps | plain s | whole stack s | ratio (median) | ratios | idle between ranges | pictures |",

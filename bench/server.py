@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 @contextmanager
-def running_server(config: Path) -> Iterator[str]:
-    """`tetriserve serve` with a config on a free port; yields its URL and stops it afterwards."""
+def running_server(config: Path, policy: str) -> Iterator[str]:
+    """`tetriserve serve` with a config and a policy on a free port; yields its URL, stops it afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "tetriserve"), "serve"]
+    command = [str(Path(sys.executable).parent / "tetriserve"), "serve", "--config", str(config)]
     process = subprocess.Popen(
-        [*command, "--config", str(config), "--port", str(port)], stdout=subprocess.PIPE, text=True
+        [*command, "--port", str(port), "--policy", policy], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None

@@ -40,11 +40,13 @@ class ServeFailed(TetriserveError):
     """The application could not be started; the message is the reason in one line."""
 
 
-def load_config(path: str) -> tuple[ServeDeploySchema, ServeApplicationSchema, AppArgs]:
+def load_config(
+    path: str, policy: str | None = None
+) -> tuple[ServeDeploySchema, ServeApplicationSchema, AppArgs]:
     """Read a Serve config file as `serve deploy` does, but strictly: unknown keys are refused.
 
     A relative path that does not exist is looked up beside the installed package, so that
-    `cluster_configs/...` works from any folder.
+    `cluster_configs/...` works from any folder. `policy` wins over the file's.
 
     Returns the file, its tetriserve application and that one's arguments. Raises `ConfigError`.
     """
@@ -74,9 +76,13 @@ def load_config(path: str) -> tuple[ServeDeploySchema, ServeApplicationSchema, A
     if len(ours) != 1:
         raise ConfigError(f"{path} must hold exactly one application with import_path {IMPORT_PATH}")
     try:
-        return schema, ours[0], AppArgs.parse(ours[0].args)
+        args = AppArgs.parse(ours[0].args)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}") from None
+    if policy is not None:
+        ours[0].args = {**ours[0].args, "scheduler": {**ours[0].args.get("scheduler", {}), "policy": policy}}
+        args = AppArgs.parse(ours[0].args)
+    return schema, ours[0], args
 
 
 def _refuse_unknown(path: str, prefix: str, body: dict[str, Any], schema: Any) -> None:
@@ -114,13 +120,13 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
-def run(config: str, host: str | None, port: int | None) -> NoReturn:
+def run(config: str, host: str | None, port: int | None, policy: str | None) -> NoReturn:
     """Serve until Ctrl-C or SIGTERM; nothing is left running after it.
 
-    `host` and `port` win over the file's. Raises `ConfigError` before anything is started, `ServeFailed`
+    `host`, `port` and `policy` win over the file's. Raises `ConfigError` before anything is started, `ServeFailed`
     after everything is stopped again.
     """
-    schema, application, args = load_config(config)
+    schema, application, args = load_config(config, policy)
     http = schema.http_options
     http = http.model_copy(update={"host": host or http.host, "port": port or http.port})
     schema = schema.model_copy(update={"http_options": http})

@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 TOLERANCE_S = 1e-9
-TIGHTER_BUDGET = 0.8
-"""Share of the budget that the second candidate mix has to fit in (packing.md)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class StepTable:
     degrees: tuple[int, ...]
     seconds: tuple[float, ...]
 
-    @property
+    @cached_property
     def fastest_s(self) -> float:
         return self.seconds[-1]
 
@@ -88,15 +86,6 @@ class StepTable:
             if steps * step_s <= budget_s + TOLERANCE_S:
                 return Mix(((degree, steps),), steps * step_s, degree * steps * step_s)
         return None
-
-    def candidates(self, steps: int, budget_s: float) -> tuple[Mix, ...]:
-        """The candidate mixes of packing.md, without repeats; empty when nothing fits the budget."""
-        mixes = (
-            self.cheapest(steps, budget_s),
-            self.cheapest(steps, TIGHTER_BUDGET * budget_s),
-            self.narrowest_single(steps, budget_s),
-        )
-        return tuple(dict.fromkeys(mix for mix in mixes if mix is not None))
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,8 @@ from solver.placement import GpuSet, mask_of, sets_of
 from solver.problem import Job, Phase, Snapshot
 
 EPSILON_S = 1e-9
+STARVING_AFTER_S = 60.0
+"""A best-effort request without progress for so long gets one segment before all others."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class OpenJob:
     gpus: int
     work: tuple[Work, ...]
 
-    @property
+    @cached_property
     def least_s(self) -> float:
         """Seconds to finish with every step at its fastest degree."""
         return sum(work.steps * work.table.fastest_s for work in self.work)
@@ -110,3 +112,16 @@ class Board:
     def capacity(self, deadline_s: float) -> float:
         """GPU-seconds that are not committed yet between now and `deadline_s`."""
         return sum(max(0.0, deadline_s - free_s) for free_s in self.free_at_s if free_s < math.inf)
+
+
+def waiting_order(job: OpenJob) -> tuple[int, float, str]:
+    """First come, first served within a priority."""
+    return (-job.job.priority, job.job.arrival_s, job.job.id)
+
+
+def longest_starving(now_s: float, best_effort: Sequence[OpenJob]) -> OpenJob | None:
+    """The best-effort request that made no progress for longest, when that is too long."""
+    longest = min(best_effort, key=lambda job: job.job.ready_s, default=None)
+    if longest is None or now_s - longest.job.ready_s < STARVING_AFTER_S:
+        return None
+    return longest

@@ -11,9 +11,10 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from solver.board import Board, OpenJob
-from solver.listing import Rule, Run, Schedule, fill_gaps, schedule_on_time
+from solver.board import Board, OpenJob, longest_starving, waiting_order
+from solver.listing import fill_gaps, schedule_on_time
 from solver.problem import Packing, Snapshot
+from solver.schedule import Rule, Run, Schedule
 from solver.selection import Demand, select
 
 RULES = (
@@ -27,7 +28,6 @@ MAX_CUTS = 3
 MAX_DROPS = 6
 SAFE_SHARE = 0.2
 """Slack at the end, as a share of the budget, beyond which a plan counts as safe."""
-STARVING_AFTER_S = 60.0
 
 
 @dataclass
@@ -85,9 +85,9 @@ class IlpPolicy:
     def __call__(self, snapshot: Snapshot) -> Packing:
         board = Board(snapshot)
         jobs = [job for job in board.jobs if not job.is_late and job.job.deadline_s < math.inf]
-        late = sorted((job for job in board.jobs if job.is_late), key=_waiting_order)
-        patient = sorted((job for job in board.jobs if job.job.deadline_s == math.inf), key=_waiting_order)
-        starving = _starving(snapshot.now_s, [*patient, *late])
+        late = sorted((job for job in board.jobs if job.is_late), key=waiting_order)
+        patient = sorted((job for job in board.jobs if job.job.deadline_s == math.inf), key=waiting_order)
+        starving = longest_starving(snapshot.now_s, [*patient, *late])
         end_s = time.perf_counter() + self.time_limit_s
         # a request without deadline is no reason to be late, but comes before widening others beyond their need
         search = _Search(board, end_s, spare=len(patient), starving=starving)
@@ -149,15 +149,3 @@ def _demand(job: OpenJob) -> Demand:
         gpu_seconds += mix.gpu_seconds
         slack_s -= mix.seconds - work.steps * work.table.fastest_s
     return Demand(job.job.deadline_s, gpu_seconds, job.job.set_aside, job.job.priority)
-
-
-def _waiting_order(job: OpenJob) -> tuple[int, float, str]:
-    return (-job.job.priority, job.job.arrival_s, job.job.id)
-
-
-def _starving(now_s: float, best_effort: Sequence[OpenJob]) -> OpenJob | None:
-    """The best-effort request that made no progress for longest, when that is too long."""
-    longest = min(best_effort, key=lambda job: job.job.ready_s, default=None)
-    if longest is None or now_s - longest.job.ready_s < STARVING_AFTER_S:
-        return None
-    return longest

@@ -10,117 +10,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from solver.board import EPSILON_S, Board, OpenJob, Work
+from solver.board import EPSILON_S, Board
 from solver.placement import GpuSet, choose
 from solver.problem import Entry
+from solver.schedule import Rule, Run, Schedule, urgency
 
 GROWTH = 0.15
 """Segments in the far future may be this share of their distance from now long: keeps the look-ahead cheap."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How a list schedule treats the requests that are to be on time.
-
-    Attributes:
-        single_degree: the floor is the narrowest degree that fits all remaining steps, which keeps slack for
-            surprises; else the narrowest of the mix, which is cheaper in GPU-seconds and leans on the widening.
-        hold: keep GPUs idle for a wide request that is in front but lacks some.
-        give_up: a request that cannot be on time any more leaves the schedule.
-    """
-
-    single_degree: bool = False
-    hold: bool = False
-    give_up: bool = True
-
-
-class Run:
-    """One request on its way through the look-ahead."""
-
-    __slots__ = ("finish_s", "gpus", "open", "phase", "ready_s", "steps")
-
-    def __init__(self, job: OpenJob) -> None:
-        self.open = job
-        self.phase = 0
-        self.steps = job.work[0].steps
-        self.ready_s = job.start_s
-        self.gpus = job.gpus
-        self.finish_s = math.inf
-
-    @property
-    def work(self) -> Work:
-        return self.open.work[self.phase]
-
-    def laxity_s(self, now_s: float) -> float:
-        """Slack if it started now and had its fastest degree to the end."""
-        work = self.work
-        least_s = self.steps * work.table.fastest_s + work.tail_s
-        return self.open.job.deadline_s - max(now_s, self.ready_s) - least_s
-
-    def floor_at(self, now_s: float, rule: Rule) -> int:
-        """Index of the narrowest degree to run at now; the fastest when nothing fits the deadline."""
-        table = self.work.table
-        budget_s = self.open.job.deadline_s - now_s - self.work.tail_s + EPSILON_S
-        last = len(table.degrees) - 1
-        for index in range(last):
-            narrow = self.steps if rule.single_degree else 1
-            seconds = narrow * table.seconds[index] + (self.steps - narrow) * table.seconds[index + 1]
-            if seconds <= budget_s:
-                return index
-        return last
-
-    def advance(self, steps: int, end_s: float, gpus: int) -> None:
-        self.steps -= steps
-        self.ready_s = end_s
-        self.gpus = gpus
-        if self.steps:
-            return
-        self.phase += 1
-        if self.phase == len(self.open.work):
-            self.finish_s = end_s
-        else:
-            self.steps = self.work.steps
-
-    @property
-    def is_done(self) -> bool:
-        return self.finish_s < math.inf
-
-
 @dataclass
-class Schedule:
-    """Entries so far and what became of the requests.
-
-    Attributes:
-        runs: the requests that were to be on time.
-        busy: per GPU, (start, end) of the entries in order of start.
-        missed: those of `runs` that became late on the way, in that order, with the work they have left.
-    """
-
-    entries: list[Entry]
-    runs: list[Run]
-    busy: list[list[tuple[float, float]]]
-    missed: list[Run] = field(default_factory=list)
-
-    @property
-    def on_time(self) -> int:
-        return len(self.runs) - len(self.missed)
-
-    @property
-    def finish_sum_s(self) -> float:
-        return sum(run.finish_s for run in self.runs if run.is_done)
-
-    @property
-    def safety(self) -> float:
-        """Least slack left at the end, as a share of the request's budget, over those on time."""
-        ends = [(run.finish_s, run.open.job) for run in self.runs if run.is_done]
-        shares = [(job.deadline_s - end_s) / max(job.deadline_s - job.arrival_s, EPSILON_S) for end_s, job in ends]
-        return min(shares, default=0.0)
-
-
-@dataclass
-class _Pick:
+class Pick:
     """A GPU set tentatively given to a run at this instant."""
 
     run: Run
@@ -128,7 +30,7 @@ class _Pick:
     gpus: GpuSet
 
 
-class _Lister:
+class Lister:
     """State of one pass of the list schedule over the board."""
 
     def __init__(self, board: Board, rule: Rule, reserved: Sequence[Sequence[tuple[float, float]]]) -> None:
@@ -183,7 +85,9 @@ class _Lister:
     def wait_s(self, run: Run, index: int) -> tuple[float, GpuSet]:
         """Seconds until a set of this degree is free, and the set."""
         sets = self.board.sets[run.work.table.degrees[index]]
-        best = min(sets, key=lambda s: (max(self.free_s[g] for g in s.gpus), -(s.mask & run.gpus).bit_count()))
+        best = min(
+            sets, key=lambda s: (max(self.free_s[g] for g in s.gpus), -(s.mask & run.gpus).bit_count())
+        )
         return max(self.free_s[g] for g in best.gpus) - self.now_s, best
 
     def hold(self, gpus: GpuSet, start_s: float) -> None:
@@ -194,9 +98,9 @@ class _Lister:
 
     # ---- one instant --------------------------------------------------------------------------------------
 
-    def floors(self, waiting: Iterable[Run], idle: int) -> tuple[list[_Pick], int]:
+    def floors(self, waiting: Iterable[Run], idle: int) -> tuple[list[Pick], int]:
         """Give each run in turn its floor, or the widest narrower degree when waiting gains nothing."""
-        picks: list[_Pick] = []
+        picks: list[Pick] = []
         for run in waiting:
             if not idle:
                 break
@@ -205,7 +109,7 @@ class _Lister:
             if gpus is None:
                 index, gpus = self.second_best(run, index, idle)
             if gpus is not None:
-                picks.append(_Pick(run, index, gpus))
+                picks.append(Pick(run, index, gpus))
                 idle &= ~gpus.mask
         return picks, idle
 
@@ -221,27 +125,27 @@ class _Lister:
             self.hold(wanted, self.now_s + wait_s)
         return floor, None
 
-    def gaps(self, waiting: Iterable[Run], idle: int) -> tuple[list[_Pick], int]:
+    def gaps(self, waiting: Iterable[Run], idle: int) -> tuple[list[Pick], int]:
         """Give each run in turn the narrowest degree whose step fits before the GPUs are needed."""
-        picks: list[_Pick] = []
+        picks: list[Pick] = []
         for run in waiting:
             if not idle:
                 break
             for index in range(len(run.work.table.degrees)):
                 gpus = self.find(run, index, idle)
                 if gpus is not None:
-                    picks.append(_Pick(run, index, gpus))
+                    picks.append(Pick(run, index, gpus))
                     idle &= ~gpus.mask
                     break
         return picks, idle
 
-    def widen(self, picks: list[_Pick], idle: int, spare: int) -> None:
+    def widen(self, picks: list[Pick], idle: int, spare: int) -> None:
         """Give idle GPUs, one widening at a time, to the pick that saves most seconds per GPU.
 
         `spare` idle GPUs are left to others.
         """
         while idle.bit_count() > spare:
-            best: tuple[float, _Pick, int, GpuSet] | None = None
+            best: tuple[float, Pick, int, GpuSet] | None = None
             for pick in picks:
                 table = pick.run.work.table
                 for index in range(pick.index + 1, len(table.degrees)):
@@ -260,7 +164,7 @@ class _Lister:
             idle = (idle | pick.gpus.mask) & ~gpus.mask
             pick.index, pick.gpus = index, gpus
 
-    def launch(self, pick: _Pick) -> float:
+    def launch(self, pick: Pick) -> float:
         """Write the segment down; returns its end."""
         run, gpus = pick.run, pick.gpus
         step_s = run.work.table.seconds[pick.index]
@@ -296,33 +200,35 @@ def schedule_on_time(
         spare: idle GPUs that nobody here is widened onto.
         starving: gets one segment before all others, at its narrowest degree.
     """
-    lister = _Lister(board, rule, ())
+    lister = Lister(board, rule, ())
     schedule = Schedule(lister.entries, list(runs), lister.busy)
     order = sorted(runs, key=urgency)
     events = _events(lister, order if starving is None else [starving, *order])
     while events and (order or starving):
         _next_instant(lister, events)
         idle = lister.idle()
-        first: list[_Pick] = []
+        first: list[Pick] = []
         if starving is not None and starving.ready_s <= lister.now_s + EPSILON_S:
             first, idle = lister.gaps([starving], idle)
             starving = None if first else starving
         if rule.give_up:
-            hopeless = [run for run in order if run.laxity_s(lister.now_s) < -EPSILON_S]
-            schedule.missed.extend(hopeless)
-            order = [run for run in order if run not in hopeless] if hopeless else order
+            hopeless = [run for run in order if run.latest_s < lister.now_s - EPSILON_S]
+            if hopeless:
+                schedule.missed.extend(hopeless)
+                order = [run for run in order if run not in hopeless]
         waiting = [run for run in order if run.ready_s <= lister.now_s + EPSILON_S]
         picks, idle = lister.floors(waiting, idle)
         lister.widen(picks, idle, spare)
         for pick in first + picks:
             heapq.heappush(events, lister.launch(pick))
-        order = [run for run in order if not run.is_done]
+        if any(pick.run.is_done for pick in picks):
+            order = [run for run in order if not run.is_done]
     return schedule
 
 
 def fill_gaps(board: Board, schedule: Schedule, runs: Sequence[Run]) -> None:
     """Run `runs`, in the given order, on what `schedule` leaves idle; its entries stay as they are."""
-    lister = _Lister(board, Rule(), schedule.busy)
+    lister = Lister(board, Rule(), schedule.busy)
     order = [run for run in runs if not run.is_done]
     events = _events(lister, order)
     for spans in schedule.busy:
@@ -337,26 +243,20 @@ def fill_gaps(board: Board, schedule: Schedule, runs: Sequence[Run]) -> None:
         lister.widen(picks, idle, 0)
         for pick in picks:
             heapq.heappush(events, lister.launch(pick))
-        if picks:
+        if any(pick.run.is_done for pick in picks):
             order = [run for run in order if not run.is_done]
     schedule.entries.extend(lister.entries)
     schedule.entries.sort(key=lambda entry: (entry.start_s, entry.end_s))
 
 
-def urgency(run: Run) -> tuple[float, int, float, str]:
-    """Earliest deadline first; ties by priority, then arrival."""
-    job = run.open.job
-    return (job.deadline_s, -job.priority, job.arrival_s, job.id)
-
-
-def _events(lister: _Lister, runs: Iterable[Run]) -> list[float]:
+def _events(lister: Lister, runs: Iterable[Run]) -> list[float]:
     instants = {free_s for free_s in lister.free_s if free_s < math.inf} | {run.ready_s for run in runs}
     events = list(instants)
     heapq.heapify(events)
     return events
 
 
-def _next_instant(lister: _Lister, events: list[float]) -> None:
+def _next_instant(lister: Lister, events: list[float]) -> None:
     lister.now_s = max(lister.now_s, heapq.heappop(events))
     while events and events[0] <= lister.now_s + EPSILON_S:
         heapq.heappop(events)

@@ -121,8 +121,13 @@ class Policy(Protocol):
         replans_on_arrival: arrivals and freed GPUs are instants of decision too, not only boundaries.
     """
 
-    name: str
-    round_steps: float
-    replans_on_arrival: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def round_steps(self) -> float: ...
+
+    @property
+    def replans_on_arrival(self) -> bool: ...
 
     def __call__(self, snapshot: Snapshot) -> Packing: ...

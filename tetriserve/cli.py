@@ -18,7 +18,7 @@ DEFAULT_CONFIG = "cluster_configs/cpu_local.yaml"
 def serve(options: argparse.Namespace) -> int:
     from deployments.local import run
 
-    run(options.config, options.host, options.port)
+    run(options.config, options.host, options.port, options.policy)
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", default=DEFAULT_CONFIG, help="Serve config file (default: %(default)s)")
     sub.add_argument("--port", type=_port, help="instead of the file's http_options.port")
     sub.add_argument("--host", help="instead of the file's http_options.host")
+    sub.add_argument("--policy", help="instead of the file's scheduler.policy (ilp, dp, edf, sp1, ..., rssp)")
 
     sub = command(
         "generate",

@@ -1,0 +1,119 @@
+"""Requests on their way through a look-ahead, the rules they run by, and the schedule that comes out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from solver.board import EPSILON_S, OpenJob
+from solver.problem import Entry
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a list schedule treats the requests that are to be on time.
+
+    Attributes:
+        single_degree: the floor is the narrowest degree that fits all remaining steps, which keeps slack for
+            surprises; else the narrowest of the mix, which is cheaper in GPU-seconds and leans on the widening.
+        hold: keep GPUs idle for a wide request that is in front but lacks some.
+        give_up: a request that cannot be on time any more leaves the schedule.
+    """
+
+    single_degree: bool = False
+    hold: bool = False
+    give_up: bool = True
+
+
+class Run:
+    """One request on its way through the look-ahead.
+
+    Attributes:
+        steps: left in the current phase, `work`.
+        ready_s: when it can start or go on.
+        latest_s: when it must go on at the latest, at its fastest degrees, to be on time.
+        gpus: mask of the GPUs that hold its latents.
+        finish_s: infinite until it is done.
+    """
+
+    __slots__ = ("finish_s", "gpus", "latest_s", "open", "phase", "ready_s", "steps", "work")
+
+    def __init__(self, job: OpenJob) -> None:
+        self.open = job
+        self.phase = 0
+        self.work = job.work[0]
+        self.steps = self.work.steps
+        self.ready_s = job.start_s
+        self.gpus = job.gpus
+        self.finish_s = math.inf
+        self.latest_s = job.job.deadline_s - job.least_s
+
+    def floor_at(self, now_s: float, rule: Rule) -> int:
+        """Index of the narrowest degree to run at now; a late request gets no more than that."""
+        table = self.work.table
+        budget_s = self.open.job.deadline_s - now_s - self.work.tail_s + EPSILON_S
+        last = len(table.degrees) - 1
+        for index in range(last):
+            narrow = self.steps if rule.single_degree else 1
+            seconds = narrow * table.seconds[index] + (self.steps - narrow) * table.seconds[index + 1]
+            if seconds <= budget_s:
+                return index
+        return last if self.steps * table.fastest_s <= budget_s else 0
+
+    def advance(self, steps: int, end_s: float, gpus: int) -> None:
+        """Record a segment of the current phase and move on along the chain."""
+        self.steps -= steps
+        self.ready_s = end_s
+        self.gpus = gpus
+        self.latest_s += steps * self.work.table.fastest_s
+        if self.steps:
+            return
+        self.phase += 1
+        if self.phase == len(self.open.work):
+            self.finish_s = end_s
+        else:
+            self.work = self.open.work[self.phase]
+            self.steps = self.work.steps
+
+    @property
+    def is_done(self) -> bool:
+        return self.finish_s < math.inf
+
+
+@dataclass
+class Schedule:
+    """Entries so far and what became of the requests.
+
+    Attributes:
+        runs: the requests that were to be on time.
+        busy: per GPU, (start, end) of the entries in order of start.
+        missed: those of `runs` that became late on the way, in that order, with the work they have left.
+    """
+
+    entries: list[Entry]
+    runs: list[Run]
+    busy: list[list[tuple[float, float]]]
+    missed: list[Run] = field(default_factory=list)
+
+    @property
+    def on_time(self) -> int:
+        return len(self.runs) - len(self.missed)
+
+    @property
+    def finish_sum_s(self) -> float:
+        return sum(run.finish_s for run in self.runs if run.is_done)
+
+    @property
+    def safety(self) -> float:
+        """Least slack left at the end, as a share of the request's budget, over those on time."""
+        ends = [(run.finish_s, run.open.job) for run in self.runs if run.is_done]
+        shares = [
+            (job.deadline_s - end_s) / max(job.deadline_s - job.arrival_s, EPSILON_S) for end_s, job in ends
+        ]
+        return min(shares, default=0.0)
+
+
+def urgency(run: Run) -> tuple[float, int, float, str]:
+    """Earliest deadline first; ties by priority, then arrival."""
+    job = run.open.job
+    return (job.deadline_s, -job.priority, job.arrival_s, job.id)
