@@ -11,7 +11,7 @@ from deployments.cell import Cell
 from deployments.config import AppArgs
 from deployments.ingress import Ingress
 
-HEALTH_PERIOD_S = 5.0
+HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
 
 STOP_POLL_S = 0.5

@@ -19,11 +19,11 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from solver.policies import make_policy
 
 from deployments.config import AppArgs
 from deployments.fleet import Fleet
 from deployments.profiling import fitting_profile
+from solver.policies import make_policy
 from solver.problem import Packing, Phase, Snapshot
 from tetriserve.engine.report import Report
 from tetriserve.errors import (
@@ -64,7 +64,10 @@ class _Entry:
     latents: Any = None
     knows: set[int] = field(default_factory=set)
     holders: set[int] = field(default_factory=set)
-    first_start_s: float | None = None
+    started_s: float | None = None
+    """Unix time of its first execution, by the replica's clock."""
+    ended_s: float = 0.0
+    """... and of the end of its last one."""
     phase: str = "queue"
     steps_done: int = 0
     phase_s: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "denoise": 0.0, "decode": 0.0})
@@ -241,6 +244,8 @@ class Scheduler:
                     self._entries[request_id],
                     DeadlineInfeasible(f"request {request_id} can no longer meet its deadline (drop_late)"),
                 )
+            if not self._rounds.is_due(time.monotonic()):
+                continue
             snapshot = self._rounds.snapshot(time.monotonic())
             if snapshot.jobs:
                 packing = await self._pack(snapshot)
@@ -325,8 +330,8 @@ class Scheduler:
         entry.phase = assignment.kind
         entry.phase_s[assignment.kind] += duration_s
         entry.peak_memory_bytes = max(entry.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))
-        if entry.first_start_s is None:
-            entry.first_start_s = time.monotonic() - duration_s
+        entry.started_s = leader.started_s if entry.started_s is None else entry.started_s
+        entry.ended_s = leader.ended_s
         if assignment.kind == "denoise":
             entry.steps_done += assignment.steps
             last = entry.ranges[-1] if entry.ranges else None
@@ -338,14 +343,14 @@ class Scheduler:
 
     def _result(self, entry: _Entry, image: Any, now_s: float) -> GenerateResult:
         total_s = now_s - entry.arrival_s
-        assert entry.request.seed is not None and entry.first_start_s is not None
+        assert entry.request.seed is not None and entry.started_s is not None
         metrics = Metrics(
             queue_s=max(0.0, total_s - sum(entry.phase_s.values())),
             encode_s=entry.phase_s["encode"],
             denoise_s=entry.phase_s["denoise"],
             decode_s=entry.phase_s["decode"],
             total_s=total_s,
-            inference_s=now_s - entry.first_start_s,
+            inference_s=entry.ended_s - entry.started_s,
             slo_s=entry.slo_s,
             slo_met=None if entry.slo_s is None else total_s <= entry.slo_s,
             steps=tuple(entry.ranges),

@@ -80,7 +80,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "max_pixels": 1024 * 1024,
             "max_steps": 50,
         },
-        "cell": {"gpus": 2, "device": "cpu", "cpus_per_replica": 0.75, "scheduler_cpus": 0.25},
+        "cell": {
+            "gpus": 2,
+            "device": "cpu",
+            "cpus_per_replica": 0.75,
+            "scheduler_cpus": 0.25,
+            "step_timeout_floor_s": 5,
+        },
         "scheduler": {"max_open_requests": 64},
         "profile": {"shapes": list(SHAPES), "cache_dir": str(root / "profiles"), "repeats": 1},
     }
@@ -237,24 +243,23 @@ def test_replicas_have_one_thread_and_low_priority(server: Server) -> None:
         assert 0 in priorities  # ... and the actor's own threads do not
 
 
-def test_dead_replica_ends_requests_with_an_error_and_serve_replaces_the_cell(server: Server) -> None:
+@pytest.mark.parametrize(("blow", "reason"), [("SIGKILL", "died"), ("SIGSTOP", "not finished a step range")])
+def test_broken_replica_ends_requests_with_an_error_and_serve_replaces_the_cell(
+    server: Server, blow: str, reason: str
+) -> None:
+    """Dead, or alive and standing still: health checks look at steps, not only at processes."""
+    load = [body("1024x1024", seed, num_inference_steps=50) for seed in range(3)]
+
     async def in_flight() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-            tasks = [
-                asyncio.create_task(
-                    client.post(
-                        "/v1/images/generations", json=body("1024x1024", seed, num_inference_steps=50)
-                    )
-                )
-                for seed in range(3)
-            ]
+            tasks = [asyncio.create_task(client.post("/v1/images/generations", json=item)) for item in load]
             await asyncio.sleep(1.5)
-            server.replicas()[1].kill()
+            server.replicas()[1].send_signal(getattr(signal, blow))
             return await asyncio.gather(*tasks)
 
     for response in asyncio.run(in_flight()):
         assert response.status_code == 500
-        assert "GPU replica" in response.json()["error"]["message"]
+        assert reason in response.json()["error"]["message"]
     assert httpx.get(f"{server.url}/health", timeout=10).status_code == 503
     wait_until(lambda: server.health()["status"] == "ready", seconds=120)
     answer = httpx.post(f"{server.url}/v1/images/generations", json=body("256x256", 1), timeout=60)

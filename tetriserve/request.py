@@ -174,7 +174,7 @@ class Metrics:
 
     Attributes:
         queue_s: time from arrival to the first execution, plus pauses between phases and step ranges.
-        inference_s: from first execution to result.
+        inference_s: from the start of its first execution to the end of its last one.
     """
 
     queue_s: float

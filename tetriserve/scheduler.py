@@ -220,6 +220,12 @@ class RoundScheduler:
 
     # ---- decisions ----------------------------------------------------------------------------------------
 
+    def is_due(self, now_s: float) -> bool:
+        """Whether this is an instant of decision: any, or for policies with fixed rounds only a boundary
+        (and any instant at which the whole cell is idle)."""
+        at_boundary = now_s + self.lead_s >= self._boundary_s - EPSILON_S
+        return self.policy.replans_on_arrival or at_boundary or not self._running
+
     def snapshot(self, now_s: float) -> Snapshot:
         """The board as the policy shall see it. Moves the round boundary on when `now_s` has reached it."""
         jobs = tuple(self._job(request, now_s) for request in self._open.values() if request.plannable)
@@ -239,6 +245,8 @@ class RoundScheduler:
         for request in self._open.values():
             request.set_aside = request.id in packing.set_aside
         window_s = max(snapshot.now_s, now_s) + self.lead_s + EPSILON_S
+        if not self.policy.replans_on_arrival:  # nobody asks again within the round
+            window_s = max(window_s, self._boundary_s - EPSILON_S)
         # an entry planned behind one that could not be committed must wait for the next decision
         blocked_gpus: set[int] = set()
         blocked_jobs: set[str] = set()
@@ -256,7 +264,9 @@ class RoundScheduler:
         return RoundPlan(tuple(committed), self._boundary_s)
 
     def plan(self, now_s: float) -> RoundPlan:
-        """Snapshot, policy and commit in one go."""
+        """Snapshot, policy and commit in one go; empty when no decision is due."""
+        if not self.is_due(now_s):
+            return RoundPlan((), self._boundary_s)
         snapshot = self.snapshot(now_s)
         if not snapshot.jobs:
             return RoundPlan((), self._boundary_s)
@@ -310,7 +320,7 @@ class RoundScheduler:
             id=request.id,
             arrival_s=request.arrival_s,
             deadline_s=request.deadline_s,
-            ready_s=max(request.ready_s, now_s),
+            ready_s=request.ready_s,
             phases=request.remaining(),
             gpus=request.gpus,
             set_aside=request.set_aside,
@@ -335,7 +345,11 @@ class RoundScheduler:
         if full or any(self._free_at_s[gpu] == math.inf for gpu in entry.gpus):
             return None
         start_s = max(now_s, request.ready_s, *(self._free_at(gpu, now_s) for gpu in entry.gpus))
-        reach = math.ceil((self._boundary_s - start_s) / max(seconds, EPSILON_S) - 1e-6)
+        # a range that starts in a later round reaches for that round's boundary
+        ahead_s = self._boundary_s - start_s
+        if ahead_s <= EPSILON_S:
+            ahead_s += self.round_s() * math.ceil((EPSILON_S - ahead_s) / self.round_s())
+        reach = math.ceil(ahead_s / max(seconds, EPSILON_S) - 1e-6)
         steps = min(entry.steps, phase.steps, max(1, reach))
         end_s = start_s + steps * seconds
         assignment = Assignment(
