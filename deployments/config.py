@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from solver.policies import POLICIES
 
+from solver.policies import POLICIES
 from tetriserve.errors import ConfigError
 from tetriserve.request import Shape
 
