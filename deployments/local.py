@@ -158,8 +158,10 @@ def run(config: str, host: str | None, port: int | None, policy: str | None) -> 
         while True:
             signal.pause()
     except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM while it starts
+        ignore_signals()
         print("stopping ...", file=out, flush=True)
     finally:
+        ignore_signals()
         stop(client)
     # nothing is left to clean up, and where Ray's start was cut short its threads abort a regular exit
     os._exit(0)
@@ -169,12 +171,16 @@ def handle_signals() -> None:
     """The first Ctrl-C or SIGTERM raises KeyboardInterrupt; later ones must not cut the cleaning short."""
 
     def interrupt(_signum: int, _frame: FrameType | None) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+
+
+def ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cpus_needed(application: ServeApplicationSchema, args: AppArgs) -> int:
