@@ -224,6 +224,38 @@ def test_lead_queues_the_next_range_before_the_gpu_is_free() -> None:
     assert scheduler.snapshot(1.1).free_at_s == (pytest.approx(2.1),)
 
 
+class Pair:
+    """Encode on GPU 0, then everything at degree 2."""
+
+    name = "pair"
+    round_steps = 1.0
+    replans_on_arrival = True
+
+    def __call__(self, snapshot: Snapshot) -> Packing:
+        entries, t = [], max(snapshot.now_s, *snapshot.free_at_s)
+        for job in snapshot.jobs:
+            for phase in job.phases:
+                gpus = (0,) if phase.kind == "encode" else (0, 1)
+                end = t + phase.steps * phase.step_s[len(gpus)]
+                entries.append(Entry(job.id, phase.kind, gpus, phase.steps, t, end))
+                t = end
+        return Packing(tuple(entries))
+
+
+def test_a_late_range_moves_what_waits_behind_it_on_all_gpus_alike() -> None:
+    scheduler = RoundScheduler(Pair(), 2, round_s=1.0, lead_s=0.1)
+    scheduler.arrived("a", (Phase("encode", 1, {1: 0.05}), Phase("denoise", 10, {2: 0.5})), 0.0)
+    encode, denoise = scheduler.plan(0.0).assignments
+    assert scheduler.snapshot(0.01).free_at_s == pytest.approx((1.05, 1.05))
+    assert scheduler.snapshot(0.3).free_at_s == pytest.approx((1.3, 1.3))  # encode is overdue
+    scheduler.finished(encode.seq, 0.4)
+    snapshot = scheduler.snapshot(0.5)
+    assert snapshot.free_at_s == pytest.approx((1.4, 1.4))
+    assert snapshot.jobs[0].ready_s == pytest.approx(1.4)
+    scheduler.finished(denoise.seq, 0.9)  # sooner than predicted
+    assert scheduler.snapshot(0.95).free_at_s == pytest.approx((0.9, 0.9))
+
+
 def test_drop_late_is_reported_once_hopeless() -> None:
     scheduler = RoundScheduler(Alone(), 1)
     scheduler.arrived("a", (Phase("denoise", 10, {1: 0.5}),), 0.0, deadline_s=6.0, drop_late=True)

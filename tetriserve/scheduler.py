@@ -136,6 +136,7 @@ class RoundScheduler:
         self._seq = 0
         self._open: dict[str, _Open] = {}
         self._running: dict[int, Assignment] = {}
+        self._began_s: dict[int, float] = {}
         self._queue: list[list[int]] = [[] for _ in range(n_gpus)]
         self._free_at_s = [-math.inf] * n_gpus
         self._last_seq = [-1] * n_gpus
@@ -173,11 +174,11 @@ class RoundScheduler:
                 continue
             request.outstanding.remove(seq)
             request.confirmed += assignment.steps
-            if not request.outstanding:
-                request.ready_s = now_s
+            request.ready_s = now_s
             if request.confirmed >= request.total:
                 del self._open[request_id]
                 done = True
+        self._predict(now_s)
         return done
 
     def aborted(self, seq: int, now_s: float) -> None:
@@ -192,9 +193,10 @@ class RoundScheduler:
                 continue
             request.outstanding.remove(seq)
             request.aborting = bool(request.outstanding)
+            request.ready_s = now_s
             if not request.aborting:
                 request.committed = request.confirmed
-                request.ready_s = now_s
+        self._predict(now_s)
 
     def cancelled(self, request_id: str) -> bool:
         """Forget an open request; ranges already committed still run. False when it is not open."""
@@ -215,7 +217,7 @@ class RoundScheduler:
         return [
             request.id
             for request in self._open.values()
-            if request.drop_late and not request.outstanding and self._job(request, now_s).is_late(now_s)
+            if request.drop_late and not request.outstanding and self._job(request).is_late(now_s)
         ]
 
     # ---- decisions ----------------------------------------------------------------------------------------
@@ -228,20 +230,22 @@ class RoundScheduler:
 
     def snapshot(self, now_s: float) -> Snapshot:
         """The board as the policy shall see it. Moves the round boundary on when `now_s` has reached it."""
-        jobs = tuple(self._job(request, now_s) for request in self._open.values() if request.plannable)
+        self._predict(now_s)
+        jobs = tuple(self._job(request) for request in self._open.values() if request.plannable)
         round_s = self.round_s(jobs)
         if now_s + self.lead_s >= self._boundary_s - EPSILON_S:
             self._boundary_s = max(now_s, self._boundary_s if self._running else now_s) + round_s
         return Snapshot(
             now_s=now_s,
             round_s=round_s,
-            free_at_s=tuple(self._free_at(gpu, now_s) for gpu in range(self.n_gpus)),
+            free_at_s=tuple(self._free_at_s),
             jobs=jobs,
             next_boundary_s=self._boundary_s,
         )
 
     def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
         """Commit the entries that start within the window, cut to whole steps that reach the boundary."""
+        self._predict(now_s)
         for request in self._open.values():
             request.set_aside = request.id in packing.set_aside
         window_s = max(snapshot.now_s, now_s) + self.lead_s + EPSILON_S
@@ -315,7 +319,7 @@ class RoundScheduler:
 
     # ---- inside -------------------------------------------------------------------------------------------
 
-    def _job(self, request: _Open, now_s: float) -> Job:
+    def _job(self, request: _Open) -> Job:
         return Job(
             id=request.id,
             arrival_s=request.arrival_s,
@@ -328,10 +332,28 @@ class RoundScheduler:
             slo_s=request.deadline_s - request.arrival_s,
         )
 
-    def _free_at(self, gpu: int, now_s: float) -> float:
-        """Predicted; a GPU that is overdue or has a full queue is not free now."""
-        free_at = self._free_at_s[gpu]
-        return max(free_at, now_s) if self._queue[gpu] else free_at
+    def _predict(self, now_s: float) -> None:
+        """Bring `free_at_s` of the GPUs and `ready_s` of the requests up to date with what is known now.
+
+        A range begins when the ranges before it, on its GPUs and of its requests, have been reported; all that
+        waits behind moves with it, on all its GPUs alike.
+        """
+        gpu_end_s: dict[int, float] = {}
+        request_end_s: dict[str, float] = {}
+        for seq in sorted(self._running):
+            assignment = self._running[seq]
+            before = [gpu_end_s[gpu] for gpu in assignment.gpus if gpu in gpu_end_s]
+            before += [request_end_s[i] for i in assignment.request_ids if i in request_end_s]
+            start_s = max(before) if before else self._began_s.setdefault(seq, now_s)
+            end_s = max(now_s, start_s + assignment.end_s - assignment.start_s)
+            gpu_end_s.update(dict.fromkeys(assignment.gpus, end_s))
+            request_end_s.update(dict.fromkeys(assignment.request_ids, end_s))
+        for gpu, end_s in gpu_end_s.items():
+            if self._free_at_s[gpu] < math.inf:
+                self._free_at_s[gpu] = end_s
+        for request_id, end_s in request_end_s.items():
+            if request_id in self._open:
+                self._open[request_id].ready_s = end_s
 
     def _commit_entry(self, entry: Entry, now_s: float) -> Assignment | None:
         request = self._open.get(entry.job_id)
@@ -344,7 +366,7 @@ class RoundScheduler:
         full = any(len(self._queue[gpu]) >= QUEUE_DEPTH for gpu in entry.gpus)
         if full or any(self._free_at_s[gpu] == math.inf for gpu in entry.gpus):
             return None
-        start_s = max(now_s, request.ready_s, *(self._free_at(gpu, now_s) for gpu in entry.gpus))
+        start_s = max(now_s, request.ready_s, *(self._free_at_s[gpu] for gpu in entry.gpus))
         # a range that starts in a later round reaches for that round's boundary
         ahead_s = self._boundary_s - start_s
         if ahead_s <= EPSILON_S:
@@ -367,20 +389,18 @@ class RoundScheduler:
         self._running[assignment.seq] = assignment
         for gpu in entry.gpus:
             self._queue[gpu].append(assignment.seq)
-            self._free_at_s[gpu] = end_s
             self._last_seq[gpu] = assignment.seq
         request.committed += steps
-        request.ready_s = end_s
         request.gpus = entry.gpus
         request.outstanding.append(assignment.seq)
+        self._predict(now_s)
         return assignment
 
     def _retire(self, seq: int, now_s: float) -> Assignment:
         assignment = self._running.pop(seq)
+        self._began_s.pop(seq, None)
         for gpu in assignment.gpus:
             self._queue[gpu].remove(seq)
-            if self._free_at_s[gpu] == math.inf:
-                continue
-            behind = (self._running[s] for s in self._queue[gpu])
-            self._free_at_s[gpu] = now_s + sum(a.end_s - a.start_s for a in behind)
+            if self._free_at_s[gpu] < math.inf:
+                self._free_at_s[gpu] = now_s
         return assignment

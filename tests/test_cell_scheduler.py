@@ -1,0 +1,90 @@
+"""The scheduler actor's planning without a cluster: the board never waits for the brain (promise 5)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from deployments.config import AppArgs
+from deployments.scheduler import Scheduler
+from solver.problem import Job, Packing, Phase, Snapshot
+from tetriserve.errors import NotReady
+from tetriserve.request import GenerateRequest
+
+ARGS = AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}, "scheduler": {"solver_time_limit_s": 0.05}})
+
+SNAPSHOT = Snapshot(
+    now_s=0.0,
+    round_s=1.0,
+    free_at_s=(0.0, 0.0),
+    jobs=(Job("a", 0.0, 10.0, 0.0, (Phase("denoise", 4, {1: 0.5, 2: 0.3}),)),),
+)
+
+
+class Hanging:
+    """A solver that does not come back before it is let go."""
+
+    name = "hanging"
+    round_steps = 1.0
+    replans_on_arrival = True
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.asked = 0
+
+    def __call__(self, snapshot: Snapshot) -> Packing:
+        self.asked += 1
+        self.go.wait(60)
+        return Packing(())
+
+
+class Failing(Hanging):
+    def __call__(self, snapshot: Snapshot) -> Packing:
+        raise RuntimeError("the solver broke")
+
+
+def scheduler_with(policy: Any) -> Scheduler:
+    scheduler = Scheduler(ARGS, None)  # type: ignore[arg-type]
+    scheduler._policy = policy
+    return scheduler
+
+
+def test_a_hanging_solver_is_replaced_by_the_fallback_and_not_asked_again_meanwhile() -> None:
+    policy = Hanging()
+
+    async def run() -> None:
+        scheduler = scheduler_with(policy)
+        for _ in range(3):
+            packing = await asyncio.wait_for(scheduler._pack(SNAPSHOT), 10)
+            assert packing.entries[0].job_id == "a"
+        assert (policy.asked, scheduler.fallbacks) == (1, 3)
+        policy.go.set()
+        await asyncio.sleep(0.2)
+        assert (await scheduler._pack(SNAPSHOT)).entries == ()
+        assert (policy.asked, scheduler.fallbacks) == (2, 3)
+
+    asyncio.run(run())
+
+
+def test_a_failing_solver_is_replaced_by_the_fallback() -> None:
+    async def run() -> None:
+        scheduler = scheduler_with(Failing())
+        assert (await scheduler._pack(SNAPSHOT)).entries
+        assert scheduler.fallbacks == 1
+
+    asyncio.run(run())
+
+
+def test_a_cell_that_is_starting_is_not_ready() -> None:
+    async def run() -> None:
+        scheduler = scheduler_with(Hanging())
+        with pytest.raises(NotReady, match="starting"):
+            await scheduler.generate(GenerateRequest("a"))
+        status = await scheduler.status()
+        assert not status.ready and status.reason == "starting"
+        await scheduler.check_health()  # starting is not broken
+
+    asyncio.run(run())
