@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -29,25 +30,31 @@ class Cell:
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """`GenerateResult` whose `image` is an object reference to uint8 [height, width, 3]."""
-        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        request_id = request.request_id or uuid.uuid4().hex
         try:
-            return await self._scheduler.generate.remote(request)
+            return await self._scheduler.generate.remote(replace(request, request_id=request_id))
         except asyncio.CancelledError:
-            self._scheduler.cancel.remote(request.request_id)
+            self._give_up(request_id)
             raise
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
         """`Progress` after every committed step range, then the `GenerateResult`."""
-        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        request_id = request.request_id or uuid.uuid4().hex
+        call = self._scheduler.stream.options(num_returns="streaming")
         finished = False
         try:
-            async for item in self._scheduler.stream.options(num_returns="streaming").remote(request):
+            async for item in call.remote(replace(request, request_id=request_id)):
                 value = await item
                 finished = isinstance(value, GenerateResult)
                 yield value
         finally:
             if not finished:
-                self._scheduler.cancel.remote(request.request_id)
+                self._give_up(request_id)
+
+    def _give_up(self, request_id: str) -> None:
+        # Ray cancels whatever a cancelled task has submitted, this call too: make it outside the task's context
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._scheduler.cancel.remote, request_id, context=contextvars.Context())
 
     async def model_info(self) -> ModelInfo:
         return await self._scheduler.model_info.remote()

@@ -131,7 +131,12 @@ class Scheduler:
 
         Raises the errors of `tetriserve.errors`.
         """
-        return await self._admit(request).result
+        entry = self._admit(request)
+        try:
+            return await entry.result
+        except asyncio.CancelledError:
+            self._end(entry, GenerationFailed(f"request {entry.id} was cancelled"))
+            raise
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
         """Progress after every committed range, then the result."""
