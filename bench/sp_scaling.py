@@ -64,9 +64,10 @@ def main() -> None:
         "|---" * (2 * len(degrees)) + "|",
     ]  # fmt: skip
     for shape in shapes:
+        alone_s = medians[shape, 1]
         times = [medians.get((shape, degree)) for degree in degrees]
         cells = ["-" if t is None else f"{1000 * t:.1f}" for t in times]
-        cells += ["-" if t is None else f"{times[0] / t:.2f}" for t in times[1:]]
+        cells += ["-" if t is None else f"{alone_s / t:.2f}" for t in times[1:]]
         lines.append(f"| {shape} | " + " | ".join(cells) + " |")
     if switch_s:
         lines.append("")

@@ -1,4 +1,4 @@
-"""The command line: `tetriserve serve`, `generate`, `profile`."""
+"""The command line: `tetriserve serve`, `generate`, `profile`, `workload`, `simulate`, `bound`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tetriserve import __version__
 from tetriserve.errors import ConfigError, TetriserveError
 
+if TYPE_CHECKING:
+    from tetriserve.profile import Profile
+    from tetriserve.trace import TraceRequest
+
 DEFAULT_CONFIG = "cluster_configs/cpu_local.yaml"
+PAPER_SHAPES = "256x256,512x512,1024x1024,2048x2048"
+PAPER_SLO = "256x256=1.5,512x512=2,1024x1024=3,2048x2048=5"
+"""Sizes and deadlines of the TetriServe paper."""
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -52,6 +60,98 @@ def profile(options: argparse.Namespace) -> int:
     check_machine(args)
     run(args, options.out)
     return 0
+
+
+def workload(options: argparse.Namespace) -> int:
+    from tetriserve.profile import Profile
+    from tetriserve.trace import write_trace
+    from tetriserve.workload import SloRule, Workload, parse_shapes
+
+    shapes = options.shapes or ("1024x1024" if options.mix == "homogeneous" else PAPER_SHAPES)
+    requests = Workload(
+        options.mix,
+        options.rate,
+        options.requests,
+        shapes=parse_shapes(shapes),
+        steps=options.steps,
+        slo=SloRule.parse(options.slo),
+        slo_scale=options.slo_scale,
+        seed=options.seed,
+        profile=None if options.profile is None else Profile.load(options.profile),
+        n_gpus=options.gpus,
+    ).generate()
+    write_trace(options.out, requests)
+    print(f"{len(requests)} requests over {requests[-1].arrival_s:.1f} s: {options.out}")
+    return 0
+
+
+def simulate(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from tetriserve.metrics import result_of, summary_table, write_json
+    from tetriserve.plot import draw_board, timeline
+    from tetriserve.simulate import Disturbance, named_policy, simulate
+
+    for out in (options.out, options.timeline, options.plot):
+        if out is not None and not out.parent.is_dir():
+            raise ConfigError(f"{out}: no such folder: {out.parent}")
+        if out is not None and out.is_dir():
+            raise ConfigError(f"{out}: is a folder")
+    if options.plot is not None and options.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot {options.plot}: the suffix must be .png, .svg or .pdf")
+    policy = named_policy(options.policy, options.gpus, options.plan_limit_ms / 1000, options.round_steps)
+    profile, trace = _profile_and_trace(options)
+    disturbance = Disturbance(options.switch_ms / 1000, options.jitter, options.seed)
+    with tqdm(total=len(trace), desc=policy.name, unit="request", delay=2) as bar:
+        done = simulate(trace, profile, policy, options.gpus, disturbance=disturbance, on_settled=bar.update)
+    result = result_of(policy.name, options.gpus, done.outcomes, done.schedule, done.plan_s)
+    write_json(options.out, result)
+    if options.timeline is not None:
+        write_json(options.timeline, timeline(result))
+    if options.plot is not None:
+        draw_board(result, options.gpus, options.plot)
+    print(summary_table(result["summary"]))
+    return 0
+
+
+def bound(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from solver.bound import Known, clairvoyant_bound
+
+    profile, trace = _profile_and_trace(options)
+    known = [Known(r.arrival_s, r.deadline_s, r.chain(profile, options.gpus)) for r in trace]
+    with tqdm(total=len(known), desc="bound", unit="request", delay=2) as bar:
+        best = clairvoyant_bound(known, options.gpus, time_limit_s=options.time_limit, on_solved=bar.update)
+    print(
+        f"SLO attainment at most {best.slo_attainment:.4f}: {best.on_time} of {best.requests} requests on time; "
+        f"{best.found} of them take at least {best.gpu_seconds:.1f} GPU-seconds"
+    )
+    if not best.is_optimal:
+        print(
+            f"not solved to the optimum within {options.time_limit:g} s: the bound is valid, but may be loose"
+        )
+    return 0
+
+
+def _profile_and_trace(options: argparse.Namespace) -> tuple[Profile, list[TraceRequest]]:
+    """What --profile and --trace say, every request with a deadline; what was made up is said on stderr."""
+    from tetriserve.profile import Profile
+    from tetriserve.trace import read_trace
+    from tetriserve.workload import SloRule
+
+    profile = Profile.load(options.profile)
+    rule = SloRule.parse(options.slo)
+    trace, filled = rule.fill(list(read_trace(options.trace)), profile, options.gpus)
+    for request in trace:
+        request.chain(profile, options.gpus)  # so that nothing is said about what is refused
+    if filled:
+        print(f"{filled} requests bring no slo_s, --slo {options.slo} gives them one", file=sys.stderr)
+    interpolated = sorted({request.shape for request in trace} - set(profile.step_seconds))
+    if interpolated:
+        shapes = ", ".join(str(shape) for shape in interpolated)
+        print(f"not in the profile, step times interpolated: {shapes}", file=sys.stderr)
+    return profile, trace
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,7 +223,87 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--config", default=DEFAULT_CONFIG, help="Serve config file (default: %(default)s)")
     sub.add_argument("--out", type=Path, required=True, help="profile to write")
+
+    sub = command(
+        "workload",
+        workload,
+        "Write a synthetic trace of requests with deadlines.",
+        "tetriserve workload --mix skewed --rate 12 --requests 300 --seed 1 --out trace.jsonl",
+    )
+    sub.add_argument("--mix", required=True, help="uniform, skewed, bursty or homogeneous")
+    sub.add_argument("--rate", type=_positive, required=True, metavar="PER_MINUTE", help="mean arrivals")
+    sub.add_argument("--requests", type=_count, default=300, help="default: %(default)s")
+    sub.add_argument(
+        "--slo-scale", type=_positive, default=1.0, help="factor on --slo (default: %(default)s)"
+    )
+    sub.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
+    sub.add_argument(
+        "--shapes",
+        help=f"with weights where they differ, 256x256=20,512x512 (default: {PAPER_SHAPES}; homogeneous: 1024x1024)",
+    )
+    _add_slo(sub, PAPER_SLO)
+    sub.add_argument("--steps", type=_count, default=28, help="denoising steps (default: %(default)s)")
+    sub.add_argument("--profile", type=Path, help="profile for an --slo like 2.5x")
+    sub.add_argument(
+        "--gpus", type=_gpus, default=8, help="GPUs for an --slo like 2.5x (default: %(default)s)"
+    )
+    sub.add_argument("--out", type=Path, required=True, help="trace to write")
+
+    sub = command(
+        "simulate",
+        simulate,
+        "Play a trace on simulated GPUs under the scheduler of the server.",
+        "tetriserve simulate --profile bench/profiles/flux_h100_derived.yaml --trace trace.jsonl --out result.json",
+    )
+    _add_cell(sub)
+    sub.add_argument(
+        "--policy", default="ilp", help="ilp, dp, edf, rssp, sp1, ..., sp8 (default: %(default)s)"
+    )
+    sub.add_argument("--round-steps", type=_positive, help="round length in steps of the largest open shape")
+    sub.add_argument(
+        "--plan-limit-ms", type=_positive, default=1000.0, help="limit of one decision (default: %(default)g)"
+    )
+    sub.add_argument(
+        "--switch-ms",
+        type=_not_negative,
+        default=0.0,
+        help="cost of changing the GPU set (default: %(default)g)",
+    )
+    sub.add_argument(
+        "--jitter", type=_not_negative, default=0.0, metavar="SHARE", help="spread of step times, like 0.03"
+    )
+    sub.add_argument("--seed", type=_seed, default=0, help="of the jitter (default: %(default)s)")
+    sub.add_argument("--out", type=Path, required=True, help="result to write")
+    sub.add_argument(
+        "--timeline", type=Path, metavar="JSON", help="also write trace events for ui.perfetto.dev"
+    )
+    sub.add_argument("--plot", type=Path, metavar="PNG", help="also draw the board, GPU x time")
+
+    sub = command(
+        "bound",
+        bound,
+        "Say how many requests of a trace any scheduler could have on time at most.",
+        "tetriserve bound --profile bench/profiles/flux_h100_derived.yaml --trace trace.jsonl --gpus 8",
+    )
+    _add_cell(sub)
+    sub.add_argument(
+        "--time-limit", type=_positive, default=60.0, metavar="SECONDS", help="default: %(default)g"
+    )
     return parser
+
+
+def _add_cell(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--profile", type=Path, required=True, help="step times, as `tetriserve profile` writes them"
+    )
+    sub.add_argument("--trace", type=Path, required=True, help="JSON lines, or a text trace of Hetu-DiT")
+    sub.add_argument("--gpus", type=_gpus, default=8, help="default: %(default)s")
+    _add_slo(sub, "2.5x", " for requests that bring none")
+
+
+def _add_slo(sub: argparse.ArgumentParser, default: str, when: str = "") -> None:
+    says = f"deadline{when}: seconds by shape, or like 2.5x the best time alone (default: %(default)s)"
+    sub.add_argument("--slo", default=default, help=says)
 
 
 def _port(text: str) -> int:
@@ -139,6 +319,25 @@ def _size(text: str) -> str:
     return text
 
 
+def _whole(text: str, low: int, high: int) -> int:
+    number = int(text)
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text!r}")
+    return number
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, 100_000)
+
+
+def _gpus(text: str) -> int:
+    return _whole(text, 1, 1024)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, 2**63 - 1)
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
@@ -150,6 +349,13 @@ def _positive(text: str) -> float:
     number = _finite(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = _finite(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text!r}")
     return number
 
 
