@@ -166,4 +166,5 @@ class AppArgs(_Section):
                 for part in first["loc"][:-1]:
                     section = section.model_fields[part].annotation
                 allowed = f"; allowed are {', '.join(section.model_fields)}"
-            raise ConfigError(f"args.{key}: {first['msg']}{allowed}") from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"args.{key}: {message}{allowed}") from None

@@ -211,7 +211,3 @@ class GPUReplica:
     ) -> tuple[float, float | None, float | None]:
         """`Engine.measure`; every member of `gpus` must be called."""
         return self._order.run(lambda: self._engine.measure(shape, gpus, warmup, repeats))
-
-    def held(self) -> dict[str, int]:
-        """Requests whose latents are here, with their steps done."""
-        return self._order.run(lambda: self._engine.held)

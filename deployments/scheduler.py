@@ -202,6 +202,8 @@ class Scheduler:
         """The chain of a request, timed by the profile; guidance changes what a step costs."""
         shape, steps = request.shape, request.num_inference_steps
         assert steps is not None
+        if self._profile.interpolates(shape):
+            logger.info("request %s: step times of %s are interpolated", request.request_id, shape)
         measured = self._info.guided(GenerateRequest("profile"))
         cost = (1 + self._info.guided(request)) / (1 + measured)
         step_s = {

@@ -147,7 +147,7 @@ def _profile_and_trace(options: argparse.Namespace) -> tuple[Profile, list[Trace
         request.chain(profile, options.gpus)  # so that nothing is said about what is refused
     if filled:
         print(f"{filled} requests bring no slo_s, --slo {options.slo} gives them one", file=sys.stderr)
-    interpolated = sorted({request.shape for request in trace} - set(profile.step_seconds))
+    interpolated = sorted({r.shape for r in trace if profile.interpolates(r.shape)})
     if interpolated:
         shapes = ", ".join(str(shape) for shape in interpolated)
         print(f"not in the profile, step times interpolated: {shapes}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ class Profile:
 
     Attributes:
         step_seconds: measured or published values only; `step_s` fills the rest by interpolation.
-        interpolated: shapes asked for that are not in the table, filled by `with_shape`.
     """
 
     model: str
@@ -30,7 +29,6 @@ class Profile:
     step_seconds: Mapping[Shape, Mapping[int, float]]
     encode_seconds: Mapping[Shape, float] = field(default_factory=dict)
     decode_seconds: Mapping[Shape, float] = field(default_factory=dict)
-    interpolated: frozenset[Shape] = frozenset()
 
     def step_s(self, shape: Shape) -> dict[int, float]:
         """Seconds of one step at each degree; interpolated on pixels where the shape is not listed."""
@@ -48,11 +46,9 @@ class Profile:
     def decode_s(self, shape: Shape) -> float:
         return _interpolate(self.decode_seconds, shape) if self.decode_seconds else 0.0
 
-    def with_shape(self, shape: Shape) -> Profile:
-        """The same profile, saying that `shape` is (or is not) an interpolated value."""
-        if shape in self.step_seconds or shape in self.interpolated:
-            return self
-        return replace(self, interpolated=self.interpolated | {shape})
+    def interpolates(self, shape: Shape) -> bool:
+        """Whether the times of a shape are filled in between (or beyond) the listed ones."""
+        return shape not in self.step_seconds
 
     def to_yaml(self) -> str:
         body: dict[str, Any] = {
@@ -69,8 +65,6 @@ class Profile:
             table: Mapping[Shape, float] = getattr(self, key)
             if table:
                 body[key] = {str(s): round(t, 6) for s, t in sorted(table.items(), key=lambda i: i[0].pixels)}
-        if self.interpolated:
-            body["interpolated"] = sorted(str(shape) for shape in self.interpolated)
         return yaml.safe_dump(body, sort_keys=False)
 
     @classmethod
@@ -115,7 +109,6 @@ class Profile:
             step_seconds=tables,
             encode_seconds=_table(body.get("encode_seconds")),
             decode_seconds=_table(body.get("decode_seconds")),
-            interpolated=frozenset(Shape.parse(s) for s in body.get("interpolated") or ()),
         )
 
 

@@ -34,11 +34,6 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._conditioning: dict[str, tuple[GenerateRequest, dict[str, torch.Tensor]]] = {}
 
-    @property
-    def held(self) -> dict[str, int]:
-        """Requests whose latents are here, with the steps they have behind them."""
-        return {request_id: state.step for request_id, state in self._states.items()}
-
     @torch.inference_mode()
     def encode(self, request_id: str, request: GenerateRequest) -> tuple[Report, Conditioning, Latents]:
         """Text encoders and initial noise. `request.seed` must be set."""
