@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tetriserve.metrics import write_json
 
 if TYPE_CHECKING:
-    from policies import Cell, Variant
+    from suite import Cell, Variant
 
 Row = dict[str, Any]
 FIGURES = ("slo_attainment", "gpu_seconds_per_met", "mean_met_s", "late_p99_s", "plan_ms_p99", "plan_ms_max")
