@@ -43,7 +43,7 @@ def run_variant(cell: Cell, variant: Variant, seed: int) -> dict[str, Any] | Non
         policy = replace(cast(Any, policy), replans_on_arrival=True)
     disturbance = Disturbance(variant.switch_s, variant.jitter, seed)
     done = simulate(cell.trace(seed, profile), profile, policy, cell.n_gpus, disturbance=disturbance)
-    summary = result_of(policy.name, cell.n_gpus, done.outcomes, done.schedule, done.plan_s)["summary"]
+    summary = result_of(policy.name, cell.n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
     met = [o.latency_s for o in done.outcomes if o.met and o.latency_s is not None]
     late = sorted(o.latency_s for o in done.outcomes if not o.met and o.latency_s is not None)
     return {

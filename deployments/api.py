@@ -191,7 +191,7 @@ def _nested(fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def metrics_body(metrics: Metrics) -> dict[str, Any]:
-    """`metrics` of a response. Durations in seconds."""
+    """`metrics` of a response. Durations in seconds; `schedule` in Unix seconds by the replicas' clock."""
     return {
         "stage_durations": {
             "queue": metrics.queue_s,
@@ -205,6 +205,7 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
         "steps": [
             {"steps": steps, "degree": degree, "gpus": list(gpus)} for steps, degree, gpus in metrics.steps
         ],
+        "schedule": [execution._asdict() for execution in metrics.schedule],
         "seed": metrics.seed,
         "peak_memory_mb": round(metrics.peak_memory_bytes / 2**20, 1),
     }

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +38,7 @@ from tetriserve.errors import (
 )
 from tetriserve.request import (
     CellStatus,
+    Execution,
     GenerateRequest,
     GenerateResult,
     Metrics,
@@ -46,6 +49,9 @@ from tetriserve.request import (
 from tetriserve.scheduler import Assignment, RoundScheduler
 
 logger = logging.getLogger(__name__)
+
+PLANS_KEPT = 1000
+"""Decisions whose time is remembered for the status."""
 
 FALLBACK_POLICY = "edf"
 """A plain list schedule: no solver, done in milliseconds."""
@@ -64,14 +70,9 @@ class _Entry:
     latents: Any = None
     knows: set[int] = field(default_factory=set)
     holders: set[int] = field(default_factory=set)
-    started_s: float | None = None
-    """Unix time of its first execution, by the replica's clock."""
-    ended_s: float = 0.0
-    """... and of the end of its last one."""
     phase: str = "queue"
     steps_done: int = 0
-    phase_s: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "denoise": 0.0, "decode": 0.0})
-    ranges: list[StepRange] = field(default_factory=list)
+    executions: list[Execution] = field(default_factory=list)
     peak_memory_bytes: int = 0
     outstanding: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -102,6 +103,7 @@ class Scheduler:
         self._fallback = make_policy(FALLBACK_POLICY)
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._planning: asyncio.Future[Packing] | None = None
+        self._plan_s: deque[float] = deque(maxlen=PLANS_KEPT)
         self.fallbacks = 0
 
     # ---- start --------------------------------------------------------------------------------------------
@@ -256,7 +258,9 @@ class Scheduler:
             snapshot = self._rounds.snapshot(time.monotonic())
             if snapshot.jobs:
                 packing = await self._pack(snapshot)
-                for assignment in self._rounds.commit(snapshot, packing, time.monotonic()).assignments:
+                plan = self._rounds.commit(snapshot, packing, time.monotonic())
+                self._plan_s.append(time.monotonic() - snapshot.now_s)
+                for assignment in plan.assignments:
                     self._dispatch(assignment)
 
     async def _pack(self, snapshot: Snapshot) -> Packing:
@@ -332,35 +336,40 @@ class Scheduler:
         self._wake.set()
 
     def _account(self, entry: _Entry, assignment: Assignment, reports: list[Report]) -> None:
-        leader = reports[0]
-        duration_s = leader.ended_s - leader.started_s
+        # while all members were in it: before that the first ones wait for the others
+        start_s, end_s = max(r.started_s for r in reports), min(r.ended_s for r in reports)
+        entry.executions.append(Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s))
         entry.phase = assignment.kind
-        entry.phase_s[assignment.kind] += duration_s
         entry.peak_memory_bytes = max(entry.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))
-        entry.started_s = leader.started_s if entry.started_s is None else entry.started_s
-        entry.ended_s = leader.ended_s
         if assignment.kind == "denoise":
             entry.steps_done += assignment.steps
-            last = entry.ranges[-1] if entry.ranges else None
-            if last is not None and last.gpus == assignment.gpus:
-                entry.ranges[-1] = last._replace(steps=last.steps + assignment.steps)
-            else:
-                entry.ranges.append(StepRange(assignment.steps, assignment.degree, assignment.gpus))
         entry.changed.set()
 
     def _result(self, entry: _Entry, image: Any, now_s: float) -> GenerateResult:
         total_s = now_s - entry.arrival_s
-        assert entry.request.seed is not None and entry.started_s is not None
+        schedule = entry.executions
+        seconds = {
+            kind: sum(e.end_s - e.start_s for e in schedule if e.kind == kind)
+            for kind in ("encode", "denoise", "decode")
+        }
+        steps = [
+            StepRange(sum(e.steps for e in ranges), len(gpus), gpus)
+            for gpus, ranges in itertools.groupby(
+                (e for e in schedule if e.kind == "denoise"), key=lambda e: e.gpus
+            )
+        ]
+        assert entry.request.seed is not None
         metrics = Metrics(
-            queue_s=max(0.0, total_s - sum(entry.phase_s.values())),
-            encode_s=entry.phase_s["encode"],
-            denoise_s=entry.phase_s["denoise"],
-            decode_s=entry.phase_s["decode"],
+            queue_s=max(0.0, total_s - sum(seconds.values())),
+            encode_s=seconds["encode"],
+            denoise_s=seconds["denoise"],
+            decode_s=seconds["decode"],
             total_s=total_s,
-            inference_s=entry.ended_s - entry.started_s,
+            inference_s=schedule[-1].end_s - schedule[0].start_s,
             slo_s=entry.slo_s,
             slo_met=None if entry.slo_s is None else total_s <= entry.slo_s,
-            steps=tuple(entry.ranges),
+            steps=tuple(steps),
+            schedule=tuple(schedule),
             seed=entry.request.seed,
             peak_memory_bytes=entry.peak_memory_bytes,
         )
@@ -420,6 +429,9 @@ class Scheduler:
             open_requests=len(self._entries),
             running=0 if failed else len(self._rounds.running),
             policy=self._policy.name,
+            plan_ms_p50=1000 * _quantile(self._plan_s, 0.5),
+            plan_ms_p99=1000 * _quantile(self._plan_s, 0.99),
+            fallbacks=self.fallbacks,
         )
 
     async def model_info(self) -> ModelInfo:
@@ -435,6 +447,10 @@ class Scheduler:
         if not task.cancelled() and task.exception() is not None:
             logger.error("a scheduler task failed", exc_info=task.exception())
             self._fail_cell(f"internal error: {task.exception()!r}")
+
+
+def _quantile(values: Collection[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))] if values else 0.0
 
 
 def create_scheduler(args: AppArgs, group: PlacementGroup) -> Any:

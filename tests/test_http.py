@@ -31,6 +31,7 @@ from deployments.ingress import Ingress, build_http
 from tetriserve import errors
 from tetriserve.request import (
     CellStatus,
+    Execution,
     GenerateRequest,
     GenerateResult,
     Metrics,
@@ -143,7 +144,8 @@ class Cell:
         seed = 7 if request.seed is None else request.seed
         met = None if request.slo_s is None else slow < request.slo_s
         steps = (StepRange(6, 1, (0,)), StepRange(2, 2, (0, 1)))
-        metrics = Metrics(0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, seed, 3 << 20)
+        ran = Execution("denoise", 4, (0,), 1700000000.0, 1700000000.3)
+        metrics = Metrics(0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20)
         image = np.full((request.height, request.width, 3), 128, np.uint8)
         return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)
 
@@ -207,6 +209,9 @@ def test_response_has_every_field_of_the_contract() -> None:
     assert metrics["steps"] == [
         {"steps": 6, "degree": 1, "gpus": [0]},
         {"steps": 2, "degree": 2, "gpus": [0, 1]},
+    ]
+    assert metrics["schedule"] == [
+        {"kind": "denoise", "steps": 4, "gpus": [0], "start_s": 1700000000.0, "end_s": 1700000000.3}
     ]
     assert body["peak_memory_mb"] == metrics["peak_memory_mb"] == body["usage"]["peak_memory_mb"] == 3
     [item] = body["data"]

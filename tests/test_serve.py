@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,9 @@ import pytest
 import yaml
 from model_folders import tiny_flux
 from PIL import Image
+from schedule_checker import Chain, violations
+
+from solver.problem import Entry, Phase
 
 SHAPES = ("256x256", "512x512", "1024x1024")
 BIN = Path(sys.executable).parent
@@ -155,6 +159,54 @@ def test_mixed_load_gives_the_pictures_of_lone_requests(server: Server) -> None:
             assert difference.max() <= 1
             assert (difference.max(axis=-1) == 0).mean() >= 0.999
     assert server.health()["cells"][0]["open_requests"] == 0
+
+
+def test_a_replayed_trace_has_a_valid_schedule(server: Server, tmp_path: Path) -> None:
+    """`tetriserve bench`: what the replicas say they did is a valid schedule by the independent checker."""
+    shapes = [(256, 256), (512, 512), (256, 512), (1024, 1024)]
+    trace = [
+        {
+            "id": f"r{i}",
+            "arrival_s": 0.2 * i,
+            "height": shapes[i % 4][0],
+            "width": shapes[i % 4][1],
+            "num_inference_steps": 3 + i % 5,
+            "slo_s": 1.0 + i % 3,
+        }
+        for i in range(24)
+    ]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trace))
+    command = [
+        str(BIN / "tetriserve"),
+        "bench",
+        "--url",
+        server.url,
+        "--trace",
+        str(tmp_path / "trace.jsonl"),
+    ]
+    out = tmp_path / "result.json"
+    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=120)
+    result = json.loads(out.read_text())
+    assert result["summary"]["policy"] == "ilp"
+    assert all(request["finish_s"] is not None for request in result["requests"])
+    assert {gpu for entry in result["schedule"] for gpu in entry["gpus"]} == {0, 1}
+    anything = dict.fromkeys((1, 2), 0.0)  # how long a step takes here is the machine's business
+    chains = {
+        line["id"]: Chain(
+            line["arrival_s"],
+            (
+                Phase("encode", 1, anything),
+                Phase("denoise", line["num_inference_steps"], anything),
+                Phase("decode", 1, anything),
+            ),
+        )
+        for line in trace
+    }
+    entries = [
+        Entry(e["request_ids"][0], e["kind"], tuple(e["gpus"]), e["steps"], e["start_s"], e["end_s"])
+        for e in result["schedule"]
+    ]
+    assert violations(entries, chains, 2) == []
 
 
 def test_openai_client_works_unchanged(server: Server) -> None:

@@ -198,7 +198,7 @@ def small_run() -> dict[str, Any]:
     slo = SloRule.parse("256x256=1.5,2048x2048=5")
     trace = Workload("uniform", 30, 12, parse_shapes("256x256,2048x2048"), slo, seed=2).generate()
     done = simulate(trace, profile, make_policy("ilp", time_limit_s=PATIENT_S), 8)
-    return result_of("ilp", 8, done.outcomes, done.schedule, done.plan_s)
+    return result_of("ilp", 8, done.outcomes, done.schedule, done.plan_ms)
 
 
 def test_result_has_exactly_the_keys_of_the_contract() -> None:

@@ -104,7 +104,7 @@ def simulate(options: argparse.Namespace) -> int:
     disturbance = Disturbance(options.switch_ms / 1000, options.jitter, options.seed)
     with tqdm(total=len(trace), desc=policy.name, unit="request", delay=2) as bar:
         done = simulate(trace, profile, policy, options.gpus, disturbance=disturbance, on_settled=bar.update)
-    result = result_of(policy.name, options.gpus, done.outcomes, done.schedule, done.plan_s)
+    result = result_of(policy.name, options.gpus, done.outcomes, done.schedule, done.plan_ms)
     write_json(options.out, result)
     if options.timeline is not None:
         write_json(options.timeline, timeline(result))
@@ -112,6 +112,26 @@ def simulate(options: argparse.Namespace) -> int:
         draw_board(result, options.gpus, options.plot)
     print(summary_table(result["summary"]))
     return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from tetriserve.metrics import result_of, summary_table, write_json
+    from tetriserve.replay import replay
+    from tetriserve.trace import read_trace
+
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: no such folder: {options.out.parent}")
+    trace = list(read_trace(options.trace))
+    with tqdm(total=len(trace), desc="bench", unit="request") as bar:
+        done = replay(options.url, trace, bar.update)
+    result = result_of(done.policy, done.n_gpus, done.outcomes, done.schedule, done.plan_ms)
+    write_json(options.out, result)
+    print(summary_table(result["summary"]))
+    if done.errors:
+        print(f"{len(done.errors)} requests ended with an error; {done.errors[0]}", file=sys.stderr)
+    return 1 if done.errors else 0
 
 
 def bound(options: argparse.Namespace) -> int:
@@ -278,6 +298,16 @@ def _parser() -> argparse.ArgumentParser:
         "--timeline", type=Path, metavar="JSON", help="also write trace events for ui.perfetto.dev"
     )
     sub.add_argument("--plot", type=Path, metavar="PNG", help="also draw the board, GPU x time")
+
+    sub = command(
+        "bench",
+        bench,
+        "Play a trace against a running server; arrivals never wait for answers.",
+        "tetriserve bench --url http://127.0.0.1:8000 --trace trace.jsonl --out result.json",
+    )
+    sub.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    sub.add_argument("--trace", type=Path, required=True, help="JSON lines, or a text trace of Hetu-DiT")
+    sub.add_argument("--out", type=Path, required=True, help="result to write")
 
     sub = command(
         "bound",

@@ -59,9 +59,9 @@ def result_of(
     n_gpus: int,
     outcomes: Sequence[Outcome],
     schedule: Sequence[Executed],
-    plan_s: Sequence[float],
+    plan_ms: tuple[float, float],
 ) -> dict[str, Any]:
-    """Summary, requests and schedule, ready for JSON.
+    """Summary, requests and schedule, ready for JSON. `plan_ms` is the median and 99th percentile.
 
     Every request of the trace counts for SLO attainment; latencies are those of requests that finished.
     Goodput and utilisation refer to the time from the first arrival to the last result.
@@ -70,7 +70,6 @@ def result_of(
     start_s = min(outcome.arrival_s for outcome in outcomes)
     span_s = max(ends_s, default=start_s) - start_s
     gpu_seconds = sum((entry.end_s - entry.start_s) * len(entry.gpus) for entry in schedule)
-    plan_ms = [seconds * 1000 for seconds in plan_s]
     shapes = sorted({outcome.shape for outcome in outcomes}, key=lambda shape: (shape.pixels, shape))
     return {
         "summary": {
@@ -80,8 +79,8 @@ def result_of(
             **_latencies(outcomes),
             "gpu_utilisation": gpu_seconds / (n_gpus * span_s) if span_s else 0.0,
             "gpu_seconds": gpu_seconds,
-            "plan_ms_p50": _percentile(plan_ms, 50),
-            "plan_ms_p99": _percentile(plan_ms, 99),
+            "plan_ms_p50": plan_ms[0],
+            "plan_ms_p99": plan_ms[1],
             "by_shape": {
                 str(shape): _of_shape([o for o in outcomes if o.shape == shape]) for shape in shapes
             },
@@ -147,11 +146,12 @@ def _latencies(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
         return {"mean_s": None, "p50_s": None, "p95_s": None, "p99_s": None}
     return {
         "mean_s": float(np.mean(seconds)),
-        "p50_s": _percentile(seconds, 50),
-        "p95_s": _percentile(seconds, 95),
-        "p99_s": _percentile(seconds, 99),
+        "p50_s": percentile(seconds, 50),
+        "p95_s": percentile(seconds, 95),
+        "p99_s": percentile(seconds, 99),
     }
 
 
-def _percentile(values: Sequence[float], percent: float) -> float:
+def percentile(values: Sequence[float], percent: float) -> float:
+    """0 for no values."""
     return float(np.percentile(values, percent)) if values else 0.0

@@ -168,6 +168,16 @@ class StepRange(NamedTuple):
     gpus: tuple[int, ...]
 
 
+class Execution(NamedTuple):
+    """One committed range as it ran; Unix seconds by the replica's clock."""
+
+    kind: str
+    steps: int
+    gpus: tuple[int, ...]
+    start_s: float
+    end_s: float
+
+
 @dataclass(frozen=True)
 class Metrics:
     """What happened to one request. Durations in seconds; `denoise_s` is time on GPUs, pauses excluded.
@@ -175,6 +185,8 @@ class Metrics:
     Attributes:
         queue_s: time from arrival to the first execution, plus pauses between phases and step ranges.
         inference_s: from the start of its first execution to the end of its last one.
+        steps: neighbouring ranges on the same GPUs in one.
+        schedule: every range by itself, encode and decode too.
     """
 
     queue_s: float
@@ -186,6 +198,7 @@ class Metrics:
     slo_s: float | None
     slo_met: bool | None
     steps: tuple[StepRange, ...]
+    schedule: tuple[Execution, ...]
     seed: int
     peak_memory_bytes: int = 0
 
@@ -202,7 +215,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class CellStatus:
-    """The state of one cell; `reason` says why it is not ready."""
+    """The state of one cell.
+
+    Attributes:
+        reason: why it is not ready; empty when it is.
+        running: step ranges committed and not yet reported.
+        plan_ms_p50, plan_ms_p99: of the last decisions, dispatch excluded.
+        fallbacks: decisions that the fallback took over, since the start.
+    """
 
     ready: bool
     reason: str
@@ -211,6 +231,9 @@ class CellStatus:
     open_requests: int
     running: int
     policy: str
+    plan_ms_p50: float = 0.0
+    plan_ms_p99: float = 0.0
+    fallbacks: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from solver.policies import make_policy
 from solver.problem import Phase, Policy
 from tetriserve.errors import ConfigError, TetriserveError
-from tetriserve.metrics import Executed, Outcome
+from tetriserve.metrics import Executed, Outcome, percentile
 from tetriserve.profile import Profile
 from tetriserve.scheduler import EPSILON_S, Assignment, RoundScheduler
 from tetriserve.trace import TraceRequest
@@ -50,6 +50,11 @@ class Simulation:
     outcomes: list[Outcome] = field(default_factory=list)
     schedule: list[Executed] = field(default_factory=list)
     plan_s: list[float] = field(default_factory=list)
+
+    @property
+    def plan_ms(self) -> tuple[float, float]:
+        """Median and 99th percentile of the time of a decision."""
+        return 1000 * percentile(self.plan_s, 50), 1000 * percentile(self.plan_s, 99)
 
 
 class _Machine:

@@ -1,0 +1,125 @@
+"""The same trace against the live server and through the simulator, once per policy.
+
+    python bench/live.py [--repeats 3] [--policies ilp sp1 sp2 rssp ...] [--requests 60] [--rate 40]
+
+Measures this machine's profile first (`tetriserve profile`), gives it to every server and to the simulator, and
+plays a mixed 256/512/1024 trace with deadlines. Writes `live.md` and `live.json` to --out after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from server import running_server
+from tqdm import tqdm
+
+from tetriserve.metrics import result_of
+from tetriserve.profile import Profile
+from tetriserve.replay import replay
+from tetriserve.simulate import named_policy, simulate
+from tetriserve.trace import TraceRequest
+from tetriserve.workload import SloRule, Workload, parse_shapes
+
+CONFIG = Path("cluster_configs/cpu_local.yaml")
+POLICIES = ("ilp", "dp", "edf", "rssp", "sp1", "sp2")
+PLAN_LIMIT_S = 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), metavar="POLICY")
+    parser.add_argument("--repeats", type=int, default=3, help="traces of different seeds")
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--rate", type=float, default=40.0, metavar="PER_MINUTE")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--shapes", default="256x256=4,512x512=3,1024x1024=1", help="with weights")
+    parser.add_argument("--slo", default="3x", help="deadline, times the best time alone")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/live"))
+    options = parser.parse_args()
+
+    config = yaml.safe_load(CONFIG.read_text())
+    args = config["applications"][0]["args"]
+    n_gpus = args["cell"]["gpus"]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        profile_file = Path(folder) / "profile.yaml"
+        tetriserve = str(Path(sys.executable).parent / "tetriserve")
+        command = [tetriserve, "profile", "--config", str(CONFIG), "--out", str(profile_file)]
+        subprocess.run(command, check=True)
+        profile = Profile.load(profile_file)
+        args["profile"]["path"] = str(profile_file)
+        path = Path(folder) / "live.yaml"
+        path.write_text(yaml.safe_dump(config))
+        runs = [(seed, policy) for seed in range(options.repeats) for policy in options.policies]
+        for seed, policy in (bar := tqdm(runs, unit="run")):
+            bar.set_description(f"{policy} seed {seed}")
+            trace = Workload(
+                "uniform",
+                options.rate,
+                options.requests,
+                shapes=parse_shapes(options.shapes),
+                slo=SloRule.parse(options.slo),
+                steps=options.steps,
+                seed=seed,
+                profile=profile,
+                n_gpus=n_gpus,
+            ).generate()
+            with running_server(path, policy) as url:
+                live = replay(url, trace, lambda: None)
+            rows.append(
+                {
+                    "policy": policy,
+                    "seed": seed,
+                    "live": result_of(policy, n_gpus, live.outcomes, live.schedule, live.plan_ms)["summary"],
+                    "simulated": simulated(trace, profile, policy, n_gpus),
+                    "errors": live.errors,
+                }
+            )
+            write_report(options.out, rows, options)
+
+
+def simulated(trace: list[TraceRequest], profile: Profile, policy: str, n_gpus: int) -> dict[str, Any]:
+    """The summary of the same trace in the simulator."""
+    done = simulate(trace, profile, named_policy(policy, n_gpus, PLAN_LIMIT_S), n_gpus)
+    summary: dict[str, Any] = result_of(policy, n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
+    return summary
+
+
+def write_report(folder: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """`live.json` and the table of `live.md`, from the runs so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "live.json").write_text(json.dumps(rows, indent=1) + "\n")
+    lines = [
+        f"`python bench/live.py --rate {options.rate:g} --requests {options.requests} --steps {options.steps} "
+        f"--shapes {options.shapes} --slo {options.slo}`",
+        "",
+        "| policy | live | simulated | live per trace | live mean s | simulated mean s | plan p99 ms | errors |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        mine = [row for row in rows if row["policy"] == policy]
+
+        def mean(side: str, key: str, mine: list[dict[str, Any]] = mine) -> float:
+            return statistics.fmean(row[side][key] for row in mine)
+
+        each = " ".join(f"{row['live']['slo_attainment']:.3f}" for row in mine)
+        lines.append(
+            f"| {policy} | {mean('live', 'slo_attainment'):.3f} | {mean('simulated', 'slo_attainment'):.3f} | {each} "
+            f"| {mean('live', 'mean_s'):.2f} | {mean('simulated', 'mean_s'):.2f} "
+            f"| {mean('live', 'plan_ms_p99'):.1f} | {sum(len(row['errors']) for row in mine)} |"
+        )
+    (folder / "live.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
