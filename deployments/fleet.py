@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
@@ -25,6 +25,10 @@ Measured = Callable[[Shape, int, float], None]
 """Told of every measurement: shape, degree, seconds of a step."""
 
 
+ANSWER_TIMEOUT_S = 2.0
+"""A replica answers from threads of its own, also while it computes."""
+
+
 class Fleet:
     """Owns the replica actors, in bundles 1 to n of the cell's placement group.
 
@@ -32,6 +36,7 @@ class Fleet:
         info: the model that all of them loaded.
         device: its device, in words.
         fingerprint: changes with anything that changes step times.
+        epoch: counts the rendezvous stores; a new one with every replaced replica.
     """
 
     def __init__(self, args: AppArgs, group: PlacementGroup) -> None:
@@ -41,6 +46,7 @@ class Fleet:
         self.info: ModelInfo
         self.device = ""
         self.fingerprint = ""
+        self.epoch = 0
 
     def __len__(self) -> int:
         return self._args.cell.gpus
@@ -50,8 +56,60 @@ class Fleet:
 
     async def start(self) -> None:
         """Load the model everywhere and warm the groups of all aligned sets. Raises `ConfigError`."""
+        self._replicas = [self._new(gpu) for gpu in range(len(self))]
+        infos = await asyncio.gather(*(replica.info.remote() for replica in self._replicas))
+        self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
+        if len(self) > 1:
+            port = await self._replicas[0].open_store.remote()
+            cell = self._args.cell
+            sets = tuple(gpus for gpus in aligned_sets(len(self)) if len(gpus) in cell.all_degrees)
+            await asyncio.gather(*(replica.join.remote(self.epoch, port) for replica in self._replicas))
+            await asyncio.gather(*(replica.warm.remote(self.epoch, sets) for replica in self._replicas))
+
+    async def replace(self, gpu: int, others: set[int]) -> None:
+        """Put a new replica in place of a lost one; the survivors among `others` keep weights and states.
+
+        Groups with the new replica are built over a fresh store when a plan first needs them, in plan order,
+        so that nobody has to stop for it. Raises what Ray or the replica raises if it cannot be done.
+        """
+        ray.kill(self._replicas[gpu])
+        self._replicas[gpu] = self._new(gpu)
+        await self._replicas[gpu].info.remote()
+        epoch = self.epoch + 1
+        port = await self._replicas[gpu].open_store.remote()
+        await self._replicas[gpu].join.remote(epoch, port)
+        joined = [self._replicas[other].join.remote(epoch, port, gpu) for other in others - {gpu}]
+        # one that dies meanwhile is replaced next, in an epoch of its own
+        results = await asyncio.gather(*joined, return_exceptions=True)
+        for error in results:
+            if isinstance(error, BaseException) and not isinstance(error, ray.exceptions.RayActorError):
+                raise error
+        self.epoch = epoch
+
+    async def silent(self, gpus: Iterable[int]) -> set[int]:
+        """Those of `gpus` whose replica is dead or does not answer within `ANSWER_TIMEOUT_S`."""
+
+        async def answers(gpu: int) -> bool:
+            try:
+                await asyncio.wait_for(self._replicas[gpu].info.remote(), ANSWER_TIMEOUT_S)
+            except (asyncio.TimeoutError, ray.exceptions.RayError):
+                return False
+            return True
+
+        members = list(gpus)
+        return {
+            gpu
+            for gpu, ok in zip(members, await asyncio.gather(*map(answers, members)), strict=True)
+            if not ok
+        }
+
+    def kill(self, gpu: int) -> None:
+        """End a replica that does not answer; its calls fail at once."""
+        ray.kill(self._replicas[gpu])
+
+    def _new(self, gpu: int) -> Any:
         cell = self._args.cell
-        self._replicas = [
+        return (
             ray.remote(GPUReplica)
             .options(
                 num_cpus=cell.cpus_per_replica,
@@ -63,14 +121,7 @@ class Fleet:
                 ),
             )
             .remote(gpu, self._args)
-            for gpu in range(cell.gpus)
-        ]
-        infos = await asyncio.gather(*(replica.info.remote() for replica in self._replicas))
-        self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
-        if cell.gpus > 1:
-            port = await self._replicas[0].open_store.remote()
-            sets = tuple(gpus for gpus in aligned_sets(cell.gpus) if len(gpus) in cell.all_degrees)
-            await asyncio.gather(*(replica.connect.remote(port, sets) for replica in self._replicas))
+        )
 
     def measurable(self) -> list[tuple[Shape, int]]:
         """Every shape and degree of the configuration that the model can run; logs why others cannot.

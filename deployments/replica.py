@@ -92,6 +92,7 @@ class GPUReplica:
 
         self._gpu = gpu
         self._args = args
+        self._stores: list[Any] = []
         logging.basicConfig(level=logging.INFO)
         on_cuda = args.cell.device == "cuda"
         if on_cuda and not torch.cuda.is_available():
@@ -160,12 +161,23 @@ class GPUReplica:
         """Host a fresh rendezvous store for the cell; returns its port."""
         from tetriserve.engine.groups import open_store
 
-        port, self._store = open_store()
+        port, store = open_store()
+        self._stores.append(store)
         return port
 
-    def connect(self, port: int, sets: tuple[tuple[int, ...], ...]) -> None:
-        """Join the cell's groups; every replica of the cell must be called."""
-        self._order.run(lambda: self._engine.groups.connect(port, sets))
+    def join(self, epoch: int, port: int, lost: int | None = None) -> None:
+        """Build groups over the store on `port` from now on; forget those with a GPU that was lost."""
+        groups = self._engine.groups
+        if lost is not None:
+            if self._device.type == "cuda":
+                groups.drop(lost)  # at once: a kernel that waits for a dead GPU only ends when it is aborted
+            else:
+                self._order.run(lambda: groups.drop(lost))
+        groups.join(epoch, port)
+
+    def warm(self, epoch: int, sets: tuple[tuple[int, ...], ...]) -> None:
+        """Build the groups of `sets` beforehand; every replica of the cell must be called."""
+        self._order.run(lambda: self._engine.groups.warm(epoch, sets))
 
     def run(
         self,
@@ -173,8 +185,9 @@ class GPUReplica:
         request: GenerateRequest | None,
         conditioning: Conditioning | None,
         latents: Latents | None,
+        epoch: int = 0,
     ) -> Any:
-        """Run a step range in its turn.
+        """Run a step range in its turn; `epoch` is the cell's when it was planned.
 
         Returns:
             encode: (Report, Conditioning, Latents); decode: (Report, picture);
@@ -197,6 +210,7 @@ class GPUReplica:
                 assignment.steps,
                 conditioning,
                 latents,
+                epoch,
             )
             return (report, engine.pack(request_id)) if place == 0 else report
 

@@ -12,11 +12,11 @@ import logging
 import secrets
 import time
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -50,6 +50,15 @@ from tetriserve.scheduler import Assignment, RoundScheduler
 
 logger = logging.getLogger(__name__)
 
+MAX_LOSSES = 3
+LOSS_WINDOW_S = 600.0
+"""A GPU that is lost more often than this within the window is not tried again."""
+
+REPLACE_TIMEOUT_S = 900.0
+"""A new replica has to load the weights."""
+
+POLL_S = 0.05
+
 PLANS_KEPT = 1000
 """Decisions whose time is remembered for the status."""
 
@@ -68,6 +77,13 @@ class _Entry:
     result: asyncio.Future[GenerateResult]
     conditioning: Any = None
     latents: Any = None
+    """Reference to the latents behind the last range sent out ..."""
+    committed_latents: Any = None
+    """... and behind the last range that was reported: what is left when a GPU is lost."""
+    aborting: bool = False
+    """A range of it was lost: those sent out behind that one do not count either."""
+    last_range: asyncio.Task[None] | None = None
+    touched: set[int] = field(default_factory=set)
     knows: set[int] = field(default_factory=set)
     holders: set[int] = field(default_factory=set)
     phase: str = "queue"
@@ -103,6 +119,9 @@ class Scheduler:
         self._fallback = make_policy(FALLBACK_POLICY)
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._planning: asyncio.Future[Packing] | None = None
+        self._lost: set[int] = set()
+        self._losses: dict[int, list[float]] = defaultdict(list)
+        self._recovery = asyncio.Lock()
         self._plan_s: deque[float] = deque(maxlen=PLANS_KEPT)
         self.fallbacks = 0
 
@@ -235,9 +254,10 @@ class Scheduler:
         self._wake.set()
 
     def _release(self, entry: _Entry) -> None:
-        for gpu in entry.knows:
+        for gpu in entry.touched - self._lost:
             self._fleet[gpu].release.remote(entry.id)
-        entry.conditioning = entry.latents = None
+        entry.touched = set()
+        entry.conditioning = entry.latents = entry.committed_latents = None
 
     # ---- planning -----------------------------------------------------------------------------------------
 
@@ -294,6 +314,7 @@ class Scheduler:
                     entry.request if assignment.kind == "encode" else None,
                     None if gpu in entry.knows else entry.conditioning,
                     None if gpu in entry.holders else entry.latents,
+                    self._fleet.epoch,
                 )
             )
             if leader:
@@ -305,35 +326,61 @@ class Scheduler:
             entry.conditioning, entry.latents = produced
         elif assignment.kind == "denoise":
             (entry.latents,) = produced
+        entry.touched.update(assignment.gpus)
         entry.knows.update(assignment.gpus)
         entry.holders = set(assignment.gpus)
-        self._spawn(self._collect(entry, assignment, reports, produced))
+        collect = self._collect(entry, assignment, reports, produced, entry.last_range)
+        entry.last_range = self._spawn(collect)
 
     async def _collect(
-        self, entry: _Entry, assignment: Assignment, reports: list[Any], produced: list[Any]
+        self,
+        entry: _Entry,
+        assignment: Assignment,
+        reports: list[Any],
+        produced: list[Any],
+        before: asyncio.Task[None] | None,
     ) -> None:
-        """Wait for a range, then count it (or fail its request)."""
-        try:
-            done: list[Report] = await asyncio.gather(*reports)
-        except Exception as error:
-            self._rounds.aborted(assignment.seq, time.monotonic())
-            entry.outstanding -= 1
-            self._fail(entry, assignment, error)
-            return
+        """Wait for a range and for the one before it of the same request, then count it, or plan it again
+        when a GPU was lost, or fail its request."""
+        results = await asyncio.gather(*reports, return_exceptions=True)
+        if before is not None:
+            await asyncio.wait([before])
+        errors = [result for result in results if isinstance(result, BaseException)]
+        silent = await self._fleet.silent(assignment.gpus) if errors and not entry.aborting else set()
         now_s = time.monotonic()
-        for gpu in assignment.gpus:
-            self._last_report_s[gpu] = now_s
         entry.outstanding -= 1
-        complete = self._rounds.finished(assignment.seq, now_s)
-        if entry.id not in self._entries:  # cancelled meanwhile
-            if entry.outstanding == 0:
-                self._release(entry)
-            self._wake.set()
-            return
-        self._account(entry, assignment, done)
-        if complete:
-            self._end(entry, self._result(entry, produced[0], now_s))
+        if errors or entry.aborting:
+            self._rounds.aborted(assignment.seq, now_s)
+            if silent or entry.aborting:
+                self._roll_back(entry)
+                for gpu in silent:
+                    self._lose(gpu)
+            else:
+                self._fail(entry, assignment, errors[0])
+        else:
+            for gpu in assignment.gpus:
+                self._last_report_s[gpu] = now_s
+            if assignment.kind != "decode":
+                entry.committed_latents = produced[-1]
+            complete = self._rounds.finished(assignment.seq, now_s)
+            if entry.id in self._entries:
+                self._account(entry, assignment, cast("list[Report]", results))
+                if complete:
+                    self._end(entry, self._result(entry, produced[0], now_s))
+        if entry.id not in self._entries and entry.outstanding == 0:
+            self._release(entry)
         self._wake.set()
+
+    def _roll_back(self, entry: _Entry) -> None:
+        """Back to the last committed latents, once nothing is in flight behind the lost range."""
+        entry.aborting = entry.outstanding > 0
+        if entry.aborting:
+            return
+        entry.latents = entry.committed_latents
+        entry.holders = set()
+        if entry.latents is None:  # encode itself was lost
+            entry.conditioning = None
+            entry.knows = set()
 
     def _account(self, entry: _Entry, assignment: Assignment, reports: list[Report]) -> None:
         # while all members were in it: before that the first ones wait for the others
@@ -375,15 +422,50 @@ class Scheduler:
         )
         return GenerateResult(entry.id, image, time.time(), self._info.name, metrics)
 
-    def _fail(self, entry: _Entry, assignment: Assignment, error: Exception) -> None:
-        cause = getattr(error, "cause", None) or error
-        if isinstance(error, ray.exceptions.RayActorError):
-            self._fail_cell(f"a GPU replica of {list(assignment.gpus)} died ({type(error).__name__})")
-        elif entry.id in self._entries:
+    def _fail(self, entry: _Entry, assignment: Assignment, error: BaseException) -> None:
+        """The request failed by itself; the ones beside and after it go on."""
+        if entry.id in self._entries:
+            cause = getattr(error, "cause", None) or error
             logger.error("request %s failed in %s: %s", entry.id, assignment.kind, error)
             self._end(entry, GenerationFailed(f"{assignment.kind} failed: {type(cause).__name__}: {cause}"))
-        elif entry.outstanding == 0:
-            self._release(entry)
+
+    # ---- lost GPUs ----------------------------------------------------------------------------------------
+
+    def _lose(self, gpu: int) -> None:
+        """A replica is gone: take its GPU off the board and have it replaced; the others go on."""
+        if gpu in self._lost or self._failure:
+            return
+        logger.error("GPU replica %d is lost", gpu)
+        self._lost.add(gpu)
+        self._rounds.gpu_lost(gpu)
+        for entry in self._entries.values():
+            entry.knows.discard(gpu)
+            entry.holders.discard(gpu)
+        self._spawn(self._recover(gpu))
+
+    async def _recover(self, gpu: int) -> None:
+        """Replace a lost replica, one at a time. After too many losses the GPU stays off the board."""
+        async with self._recovery:
+            while True:
+                now_s = time.monotonic()
+                self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
+                if len(self._losses[gpu]) > MAX_LOSSES:
+                    logger.error("GPU %d was lost %d times: it is left out", gpu, len(self._losses[gpu]))
+                    if len(self._lost) == len(self._fleet):
+                        self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
+                    return
+                try:
+                    others = set(range(len(self._fleet))) - self._lost
+                    await asyncio.wait_for(self._fleet.replace(gpu, others), REPLACE_TIMEOUT_S)
+                    break
+                except Exception as error:
+                    logger.error("GPU replica %d could not be replaced: %s", gpu, error)
+            while any(gpu in assignment.gpus for assignment in self._rounds.running):
+                await asyncio.sleep(POLL_S)  # calls to the old replica are failing right now
+        self._lost.discard(gpu)
+        self._rounds.gpu_back(gpu, time.monotonic())
+        self._last_report_s[gpu] = time.monotonic()
+        logger.info("GPU replica %d is back", gpu)
         self._wake.set()
 
     def _fail_cell(self, reason: str) -> None:
@@ -398,25 +480,35 @@ class Scheduler:
     # ---- health -------------------------------------------------------------------------------------------
 
     async def check_health(self) -> None:
-        """Raise when the cell is broken: a replica died, planning ended, or steps stopped advancing."""
+        """Raise when the cell is broken: no GPU is left, planning ended, or steps stopped advancing.
+
+        A replica that stands still is ended here, and replaced like a dead one.
+        """
         if not self._failure:
-            stalled = self._stalled(time.monotonic())
-            if stalled:
-                self._fail_cell(stalled)
+            await self._watch(time.monotonic())
         if self._failure and self._failure != "starting":
             raise RuntimeError(self._failure)
 
-    def _stalled(self, now_s: float) -> str | None:
+    async def _watch(self, now_s: float) -> None:
         cell, running = self._args.cell, self._rounds.running
         if not running:
-            return None
+            waiting = [now_s - entry.arrival_s for entry in self._entries.values()]
+            idle_s = min([now_s - max(self._last_report_s), *waiting])
+            if waiting and not self._lost and idle_s > cell.step_timeout_floor_s:
+                self._fail_cell(f"nothing was planned for {idle_s:.0f} s while requests wait")
+            return
         longest_s = max(a.end_s - a.start_s for a in running)
         limit_s = max(cell.step_timeout_floor_s, cell.step_timeout_factor * longest_s)
-        for gpu in sorted({gpu for a in running for gpu in a.gpus}):
-            since_s = max(self._last_report_s[gpu], min(a.start_s for a in running if gpu in a.gpus))
-            if now_s - since_s > limit_s:
-                return f"GPU {gpu} has not finished a step range for {now_s - since_s:.0f} s"
-        return None
+        for gpu in sorted({gpu for a in running for gpu in a.gpus} - self._lost):
+            first = next(a for a in running if gpu in a.gpus)
+            since_s = now_s - max(self._last_report_s[gpu], first.start_s)
+            if since_s > limit_s:
+                silent = await self._fleet.silent(first.gpus)
+                stuck = (silent or set(first.gpus)) - self._lost
+                logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
+                for member in stuck:
+                    self._fleet.kill(member)
+                    self._last_report_s[member] = now_s
 
     async def status(self) -> CellStatus:
         gpus = self._args.cell.gpus
@@ -425,7 +517,7 @@ class Scheduler:
             ready=not failed,
             reason=self._failure,
             gpus=gpus,
-            gpus_ready=0 if failed else gpus,
+            gpus_ready=0 if failed else gpus - len(self._lost),
             open_requests=len(self._entries),
             running=0 if failed else len(self._rounds.running),
             policy=self._policy.name,
@@ -437,10 +529,11 @@ class Scheduler:
     async def model_info(self) -> ModelInfo:
         return self._info
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

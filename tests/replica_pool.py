@@ -22,7 +22,8 @@ def _serve(gpu: int, n_gpus: int, port: int, folders: dict[str, Path], text_toke
     torch.set_num_threads(1)
     device = torch.device("cpu")
     groups = GroupTable(gpu, device)
-    groups.connect(port, aligned_sets(n_gpus))
+    groups.join(0, port)
+    groups.warm(0, aligned_sets(n_gpus))
     engines = {
         name: Engine(
             load_model(

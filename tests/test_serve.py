@@ -295,27 +295,27 @@ def test_replicas_have_one_thread_and_low_priority(server: Server) -> None:
         assert 0 in priorities  # ... and the actor's own threads do not
 
 
-@pytest.mark.parametrize(("blow", "reason"), [("SIGKILL", "died"), ("SIGSTOP", "not finished a step range")])
-def test_broken_replica_ends_requests_with_an_error_and_serve_replaces_the_cell(
-    server: Server, blow: str, reason: str
-) -> None:
-    """Dead, or alive and standing still: health checks look at steps, not only at processes."""
-    load = [body("1024x1024", seed, num_inference_steps=50) for seed in range(3)]
+@pytest.mark.parametrize("blow", ["SIGKILL", "SIGSTOP"])
+def test_a_broken_replica_is_replaced_and_its_requests_go_on(server: Server, blow: str) -> None:
+    """Dead, or alive and standing still: every request ends with the picture it would have had anyway."""
+    load = [body("1024x1024", seed, num_inference_steps=12) for seed in range(2)]
+    load += [body("512x512", seed, num_inference_steps=20) for seed in range(3)]
 
     async def in_flight() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
             tasks = [asyncio.create_task(client.post("/v1/images/generations", json=item)) for item in load]
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(1.0)
             server.replicas()[1].send_signal(getattr(signal, blow))
             return await asyncio.gather(*tasks)
 
-    for response in asyncio.run(in_flight()):
-        assert response.status_code == 500
-        assert reason in response.json()["error"]["message"]
-    assert httpx.get(f"{server.url}/health", timeout=10).status_code == 503
-    wait_until(lambda: server.health()["status"] == "ready", seconds=120)
-    answer = httpx.post(f"{server.url}/v1/images/generations", json=body("256x256", 1), timeout=60)
-    assert answer.status_code == 200
+    broken = asyncio.run(in_flight())
+    assert [response.status_code for response in broken] == [200] * len(load)
+    wait_until(lambda: server.health()["cells"][0]["gpus_ready"] == 2, seconds=60)
+    for item, response in zip(load, broken, strict=True):
+        alone = httpx.post(f"{server.url}/v1/images/generations", json=item, timeout=60).json()
+        difference = pixels(alone["data"][0]).astype(int) - pixels(response.json()["data"][0]).astype(int)
+        assert np.abs(difference).max() <= 1
+    assert {gpu for part in alone["metrics"]["schedule"] for gpu in part["gpus"]} <= {0, 1}
 
 
 def wait_until(condition: Any, seconds: float = 20) -> None:

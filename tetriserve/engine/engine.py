@@ -55,6 +55,7 @@ class Engine:
         steps: int,
         conditioning: Conditioning | None = None,
         latents: Latents | None = None,
+        epoch: int = 0,
     ) -> Report:
         """Run `steps` steps from `first_step` over `gpus`; the state stays here, on every member.
 
@@ -63,7 +64,7 @@ class Engine:
         """
         started_s = self._start()
         state = self._state(request_id, first_step, conditioning, latents)
-        group = self.groups.group(gpus)
+        group = self.groups.group(gpus, epoch)
         switched_s = time.time()
         info = self.adapter.info
         with self.adapter.sequence_parallel.over(group, info.tokens(state.request.shape), info.text_tokens):

@@ -71,45 +71,54 @@ def open_store() -> tuple[int, dist.TCPStore]:
 class GroupTable:
     """This GPU's groups.
 
-    All members of a set must use it in the same order relative to other sets; plan order gives that.
+    All members of a set must use it in the same order relative to other sets; plan order gives that. A group
+    that does not exist yet is built over the store of the `epoch` that its members are told, so that all of
+    them meet in the same place while GPUs are being replaced.
     """
 
     def __init__(self, gpu: int, device: torch.device) -> None:
         self.gpu = gpu
         self.device = device
-        self._store: dist.Store | None = None
+        self._stores: dict[int, dist.Store] = {}
         self._groups: dict[tuple[int, ...], SPGroup] = {}
 
-    def connect(self, port: int, sets: Iterable[tuple[int, ...]]) -> None:
-        """Join the cell over a fresh store and build and warm those of `sets` that hold this GPU."""
-        self.close()
-        self._store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=_timeout())
+    def join(self, epoch: int, port: int) -> None:
+        """Use the store on `port` for groups that are built in `epoch`."""
+        self._stores[epoch] = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=_timeout())
+
+    def warm(self, epoch: int, sets: Iterable[tuple[int, ...]]) -> None:
+        """Build those of `sets` that hold this GPU; every member must do the same."""
         for gpus in sets:
             if self.gpu in gpus:
-                self.group(gpus)
+                self.group(gpus, epoch)
 
-    def group(self, gpus: tuple[int, ...]) -> SPGroup | None:
+    def group(self, gpus: tuple[int, ...], epoch: int) -> SPGroup | None:
         """The group of a GPU set that holds this GPU, made and warmed on first use; None for a single GPU."""
         if len(gpus) == 1:
             return None
         found = self._groups.get(gpus)
         if found is None:
-            if self._store is None:
-                raise RuntimeError(f"GPU {self.gpu} is not connected to a cell")
+            if epoch not in self._stores:
+                raise RuntimeError(f"GPU {self.gpu} has not joined epoch {epoch} of its cell")
             rank = gpus.index(self.gpu)
-            store = dist.PrefixStore("-".join(map(str, gpus)), self._store)
+            store = dist.PrefixStore("-".join(map(str, gpus)), self._stores[epoch])
             found = SPGroup(gpus, rank, self._backend(store, rank, len(gpus)))
             ones = [1] * len(gpus)
             found.all_to_all(torch.zeros(len(gpus), device=self.device), ones, ones)
             self._groups[gpus] = found
         return found
 
+    def drop(self, gpu: int) -> None:
+        """Tear down the groups that a lost GPU was in; weights, request states and other groups stay."""
+        for gpus in [gpus for gpus in self._groups if gpu in gpus]:
+            self._groups.pop(gpus).backend.abort()
+
     def close(self) -> None:
-        """Leave the cell, also when partners are gone; weights and request states stay."""
+        """Leave the cell."""
         for group in self._groups.values():
             group.backend.abort()
         self._groups.clear()
-        self._store = None
+        self._stores.clear()
 
     def _backend(self, store: dist.Store, rank: int, size: int) -> Any:
         if self.device.type == "cuda":
