@@ -56,7 +56,7 @@ class CellArgs(_Section):
         None, description="Sequence-parallel degrees to use; default: powers of two up to `gpus`."
     )
     step_timeout_factor: float = Field(
-        20.0, gt=1, description="A step range this many times slower than predicted makes the cell unhealthy."
+        20.0, gt=1, description="A replica whose step range takes this many times the prediction is replaced."
     )
     step_timeout_floor_s: float = Field(30.0, gt=0, description="... but never before this many seconds.")
 
