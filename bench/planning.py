@@ -23,6 +23,7 @@ from tqdm import tqdm
 from solver.ilp import IlpPolicy
 from solver.problem import Job, Phase, Snapshot
 from tetriserve.profile import Profile
+from tetriserve.request import Shape
 
 HERE = Path(__file__).parent
 SIDES = (256, 512, 1024, 2048)
@@ -47,9 +48,9 @@ def board(size: Size, seed: int, profile: Profile) -> Snapshot:
     now_s = 1000.0
     ease = rng.uniform(1.0, 8.0)
     jobs = []
+    tables = [dict(profile.step_seconds[Shape(side, side)]) for side in SIDES]
     for i in range(size.n_open):
-        side = rng.choice(SIDES)
-        step_s = {d: profile.step_s(side, side, 1, d) for d in profile.degrees}
+        step_s = rng.choice(tables)
         steps = rng.choice((N_STEPS, rng.randint(1, N_STEPS)))
         least_s = steps * min(step_s.values())
         arrival_s = now_s - rng.uniform(0.0, 5.0)
