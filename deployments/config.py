@@ -96,7 +96,12 @@ class SchedulerArgs(_Section):
     lead_s: float = Field(
         0.04, ge=0, le=1, description="How long before a GPU frees its next step range is decided and queued."
     )
-    solver_time_limit_s: float = Field(0.05, gt=0, le=5, description="After this the fallback plan is used.")
+    solver_time_limit_s: float = Field(
+        0.02,
+        gt=0,
+        le=5,
+        description="A decision takes no longer; the fallback plan is used after twice this. Keep it below lead_s.",
+    )
     max_open_requests: int = Field(256, ge=1, description="More are answered 503 with Retry-After.")
     default_slo_scale: float | None = Field(
         3.0, gt=0, description="Deadline of requests without one, times the stand-alone time; null: none."

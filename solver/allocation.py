@@ -38,10 +38,14 @@ class StepTable:
     """Step times of one phase at the degrees worth using, narrow to wide and strictly faster.
 
     A degree that is no faster than a narrower one is never part of a cheapest mix, so it is left out.
+
+    Attributes:
+        wait_s: the part of `seconds` in which the GPUs are free for others, so that it costs nothing; () for none.
     """
 
     degrees: tuple[int, ...]
     seconds: tuple[float, ...]
+    wait_s: tuple[float, ...] = ()
 
     @cached_property
     def fastest_s(self) -> float:
@@ -55,30 +59,44 @@ class StepTable:
 
         Ties go to the faster mix. None when even the fastest degree does not fit.
         """
-        best: Mix | None = None
-        for wide_at, wide_s in enumerate(self.seconds):
-            if steps * wide_s > budget_s + TOLERANCE_S:
-                continue
-            for narrow_at in range(wide_at + 1):
-                mix = self._split(steps, budget_s, narrow_at, wide_at)
-                if best is None or (mix.gpu_seconds, mix.seconds) < (best.gpu_seconds, best.seconds):
-                    best = mix
-        return best
+        split = self._cheapest_split(steps, budget_s)
+        if split is None:
+            return None
+        gpu_seconds, seconds, narrow_at, wide_at, at_narrow = split
+        parts = ((self.degrees[narrow_at], at_narrow), (self.degrees[wide_at], steps - at_narrow))
+        return Mix(tuple((degree, count) for degree, count in parts if count), seconds, gpu_seconds)
 
-    def _split(self, steps: int, budget_s: float, narrow_at: int, wide_at: int) -> Mix:
-        """The best split of `steps` over two degrees; all at the wide one fits."""
-        narrow, wide = self.degrees[narrow_at], self.degrees[wide_at]
-        narrow_s, wide_s = self.seconds[narrow_at], self.seconds[wide_at]
-        at_narrow = steps if narrow_at == wide_at else 0
-        if narrow_s > wide_s and narrow * narrow_s < wide * wide_s:
+    def least_cost(self, steps: int, budget_s: float) -> tuple[float, float]:
+        """GPU-seconds and seconds of the `cheapest` mix; all at the fastest degree when none fits."""
+        split = self._cheapest_split(steps, budget_s)
+        if split is None:
+            return self.degrees[-1] * steps * self.fastest_s, steps * self.fastest_s
+        return split[0], split[1]
+
+    def _cheapest_split(self, steps: int, budget_s: float) -> tuple[float, float, int, int, int] | None:
+        """GPU-seconds, seconds, indices of the narrow and the wide degree, steps at the narrow one."""
+        best: tuple[float, float, int, int, int] | None = None
+        degrees, times = self.degrees, self.seconds
+        waits_s = self.wait_s or (0.0,) * len(degrees)
+        costs = [d * (step_s - wait_s) for d, step_s, wait_s in zip(degrees, times, waits_s, strict=True)]
+        for wide_at, wide_s in enumerate(times):
             spare_s = budget_s - steps * wide_s + TOLERANCE_S
-            at_narrow = steps if spare_s == math.inf else min(steps, int(spare_s / (narrow_s - wide_s)))
-        parts = ((narrow, at_narrow, narrow_s), (wide, steps - at_narrow, wide_s))
-        return Mix(
-            steps=tuple((degree, count) for degree, count, _ in parts if count),
-            seconds=sum(count * step_s for _, count, step_s in parts),
-            gpu_seconds=sum(degree * count * step_s for degree, count, step_s in parts),
-        )
+            if spare_s < 0:
+                continue
+            wide_cost = costs[wide_at]
+            for narrow_at in range(wide_at + 1):
+                narrow_s = times[narrow_at]
+                narrow_cost = costs[narrow_at]
+                at_narrow = steps if narrow_at == wide_at else 0
+                if narrow_s > wide_s and narrow_cost < wide_cost:
+                    at_narrow = (
+                        steps if spare_s == math.inf else min(steps, int(spare_s / (narrow_s - wide_s)))
+                    )
+                cost = at_narrow * narrow_cost + (steps - at_narrow) * wide_cost
+                seconds = at_narrow * narrow_s + (steps - at_narrow) * wide_s
+                if best is None or (cost, seconds) < best[:2]:
+                    best = (cost, seconds, narrow_at, wide_at, at_narrow)
+        return best
 
     def narrowest_single(self, steps: int, budget_s: float) -> Mix | None:
         """All steps at the narrowest degree that ends within `budget_s`; None when none does."""

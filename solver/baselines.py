@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from solver.board import Board, OpenJob
-from solver.listing import fill_gaps, schedule_on_time
+from solver.completion import fill_gaps, schedule_on_time
 from solver.placement import choose, earliest
 from solver.problem import Entry, Job, Packing, Phase, Snapshot
-from solver.schedule import Rule, Run
+from solver.schedule import Rule, Run, entries_of
 
 
 @dataclass(frozen=True)
@@ -103,4 +103,4 @@ class EdfPolicy:
         rule = Rule(single_degree=True, give_up=False)
         schedule = schedule_on_time(board, timed, rule, spare=len(patient))
         fill_gaps(board, schedule, patient)
-        return Packing(tuple(schedule.entries))
+        return Packing(tuple(entries_of(schedule.segments)))

@@ -12,10 +12,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from solver.board import Board, OpenJob, longest_starving, waiting_order
-from solver.listing import fill_gaps, schedule_on_time
+from solver.completion import fill_gaps, schedule_on_time
 from solver.problem import Packing, Snapshot
-from solver.schedule import Rule, Run, Schedule
-from solver.selection import Demand, select
+from solver.schedule import Rule, Run, Schedule, entries_of
+from solver.selection import Demand, fits_all, select
 
 RULES = (
     Rule(single_degree=True),
@@ -24,8 +24,8 @@ RULES = (
     Rule(single_degree=True, hold=True),
 )
 """Variants of the exact completion, best first; all are tried while the clock allows."""
-MAX_CUTS = 3
-MAX_DROPS = 6
+MAX_CUTS = 1
+MAX_DROPS = 3
 SAFE_SHARE = 0.2
 """Slack at the end, as a share of the budget, beyond which a plan counts as safe."""
 
@@ -35,7 +35,7 @@ class _Search:
     """The best completion so far, within a limit on the clock."""
 
     board: Board
-    end_s: float
+    stop_s: float
     spare: int
     starving: OpenJob | None
     best: Schedule | None = None
@@ -43,18 +43,30 @@ class _Search:
     best_starving: Run | None = None
     info: dict[str, float] = field(default_factory=lambda: {"completions": 0.0, "ilps": 0.0})
 
-    def is_over(self) -> bool:
-        return time.perf_counter() >= self.end_s
+    @property
+    def left_s(self) -> float:
+        return self.stop_s - time.perf_counter()
 
-    def complete(self, jobs: Sequence[OpenJob], served: Collection[int]) -> Schedule:
+    def is_over(self) -> bool:
+        return self.left_s <= 0
+
+    def complete(self, jobs: Sequence[OpenJob], served: Collection[int], rules: Sequence[Rule]) -> Schedule:
         """The best completion of a choice of requests; remembered when it is the best of all."""
         found: Schedule | None = None
-        for rule in RULES:
-            if found is not None and self.is_over():
+        for rule in rules:
+            if found is not None and (self.is_over() or _is_good(found)):
                 break
             starving = None if self.starving is None else Run(self.starving)
             runs = [Run(jobs[i]) for i in served]
-            schedule = schedule_on_time(self.board, runs, rule, spare=self.spare, starving=starving)
+            schedule = schedule_on_time(
+                self.board,
+                runs,
+                rule,
+                spare=self.spare,
+                starving=starving,
+                may_miss=math.inf if self.best is None else len(runs) - self.best.on_time,
+                stop_s=self.stop_s,
+            )
             self.info["completions"] += 1
             if found is None or _worth(schedule) > _worth(found):
                 found = schedule
@@ -64,8 +76,18 @@ class _Search:
         return found
 
 
+def _is_good(schedule: Schedule) -> bool:
+    """Nothing that another rule could do better is worth its time."""
+    return not schedule.is_cut and not schedule.missed and schedule.safety >= SAFE_SHARE
+
+
 def _worth(schedule: Schedule) -> tuple[int, float, float]:
-    """More on time; then not on the edge, since the next arrival is not in the plan; then lower mean finish."""
+    """More on time; then not on the edge, since the next arrival is not in the plan; then lower mean finish.
+
+    What was left off early has shown nothing.
+    """
+    if schedule.is_cut:
+        return (-1, 0.0, 0.0)
     return schedule.on_time, min(schedule.safety, SAFE_SHARE), -schedule.finish_sum_s
 
 
@@ -83,44 +105,52 @@ class IlpPolicy:
     replans_on_arrival: bool = True
 
     def __call__(self, snapshot: Snapshot) -> Packing:
+        stop_s = time.perf_counter() + self.time_limit_s
         board = Board(snapshot)
         jobs = [job for job in board.jobs if not job.is_late and job.job.deadline_s < math.inf]
         late = sorted((job for job in board.jobs if job.is_late), key=waiting_order)
         patient = sorted((job for job in board.jobs if job.job.deadline_s == math.inf), key=waiting_order)
         starving = longest_starving(snapshot.now_s, [*patient, *late])
-        end_s = time.perf_counter() + self.time_limit_s
-        # a request without deadline is no reason to be late, but comes before widening others beyond their need
-        search = _Search(board, end_s, spare=len(patient), starving=starving)
-        if search.complete(jobs, range(len(jobs))).missed:
-            self._improve(search, jobs)
+        # while nobody is late for it, requests without deadline come before widening others beyond their need
+        search = _Search(board, stop_s, spare=len(patient), starving=starving)
+        everybody = range(len(jobs))
+        demands = [_demand(job) for job in jobs]
+        if fits_all(demands, board.capacity):
+            search.complete(jobs, everybody, RULES[:1])
+            if search.best and not search.best.missed and not _is_good(search.best):
+                search.complete(jobs, everybody, RULES[1:])
+        if search.best is None or search.best.missed:
+            search.spare = 0  # those without deadline wait rather than make somebody late
+            self._improve(search, jobs, demands)
+        if search.best is None:
+            search.complete(jobs, everybody, RULES[:1])
         schedule = search.best
         assert schedule is not None
         set_aside = schedule.missed + [Run(job) for i, job in enumerate(jobs) if i not in search.best_served]
         rest = [search.best_starving if job is starving else Run(job) for job in [*patient, *late]]
-        fill_gaps(board, schedule, set_aside + [run for run in rest if run is not None])
-        return Packing(tuple(schedule.entries), frozenset(run.open.job.id for run in set_aside), search.info)
+        best_effort = set_aside + [run for run in rest if run is not None]
+        # nobody waits for these, and what starts later is decided later
+        fill_gaps(board, schedule, best_effort, until_s=snapshot.boundary_s + snapshot.round_s, stop_s=stop_s)
+        entries = tuple(entries_of(schedule.segments))
+        return Packing(entries, frozenset(run.open.job.id for run in set_aside), search.info)
 
-    def _improve(self, search: _Search, jobs: Sequence[OpenJob]) -> None:
+    def _improve(self, search: _Search, jobs: Sequence[OpenJob], demands: Sequence[Demand]) -> None:
         """Set requests aside as the ILP says, cut by cut; then one by one by hand."""
-        demands = [_demand(job) for job in jobs]
         cuts: list[frozenset[int]] = []
-        served = list(range(len(jobs)))
-        schedule = search.best
-        assert schedule is not None
+        served, schedule = list(range(len(jobs))), search.best
         while len(cuts) < MAX_CUTS and not search.is_over():
-            left_s = max(search.end_s - time.perf_counter(), 1e-3)
-            selection = select(demands, search.board.capacity, cuts=cuts, time_limit_s=left_s)
+            selection = select(demands, search.board.capacity, cuts=cuts, time_limit_s=search.left_s)
             search.info["ilps"] += 1
             if selection is None:
                 break
             served = sorted(selection.chosen)
-            schedule = search.complete(jobs, served)
+            schedule = search.complete(jobs, served, RULES)
             if not schedule.missed:
                 return
             first_s = schedule.missed[0].open.job.deadline_s
             cuts.append(frozenset(i for i in served if demands[i].deadline_s <= first_s))
         for _ in range(MAX_DROPS):
-            if not schedule.missed or search.is_over():
+            if schedule is None or not schedule.missed or search.is_over():
                 return
             served, schedule = self._drop_one(search, jobs, served, schedule)
 
@@ -134,7 +164,7 @@ class IlpPolicy:
         options = []
         for victim in {next(i for i in due if jobs[i] is first), dearest}:
             rest = [i for i in served if i != victim]
-            options.append((rest, search.complete(jobs, rest)))
+            options.append((rest, search.complete(jobs, rest, (schedule.rule,))))
         return max(options, key=lambda option: _worth(option[1]))
 
 
@@ -143,9 +173,8 @@ def _demand(job: OpenJob) -> Demand:
     gpu_seconds = 0.0
     slack_s = job.slack_s
     for work in job.work:
-        budget_s = work.steps * work.table.fastest_s + max(0.0, slack_s)
-        mix = work.table.cheapest(work.steps, budget_s)
-        assert mix is not None, "the fastest degree fits its own time"
-        gpu_seconds += mix.gpu_seconds
-        slack_s -= mix.seconds - work.steps * work.table.fastest_s
+        least_s = work.steps * work.table.fastest_s
+        cost, seconds = work.table.least_cost(work.steps, least_s + max(0.0, slack_s))
+        gpu_seconds += cost
+        slack_s -= seconds - least_s
     return Demand(job.job.deadline_s, gpu_seconds, job.job.set_aside, job.job.priority)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from solver.allocation import StepTable
 from solver.board import EPSILON_S, Board, OpenJob, longest_starving, waiting_order
 from solver.listing import Lister, Pick
 from solver.placement import mask_of
@@ -46,13 +47,32 @@ def steps_in_round(steps: int, step_s: float, room_s: float) -> int:
     return steps if step_s <= 0 else min(steps, math.floor(room_s / step_s + 1e-6))
 
 
+def in_rounds(table: StepTable, round_s: float) -> StepTable:
+    """Step times with the wait for the boundary in them: the Q of paper 2.2, which it leaves undefined.
+
+    Without it a mix that just meets the deadline back to back falls behind in every round.
+    """
+    kept: list[tuple[int, float, float]] = []
+    for degree, step_s in zip(table.degrees, table.seconds, strict=True):
+        if step_s > round_s:
+            seconds = math.ceil(step_s / round_s - 1e-6) * round_s
+        else:
+            seconds = round_s / math.floor(round_s / step_s + 1e-6) if step_s > 0 else step_s
+        if not kept or seconds < kept[-1][1] - EPSILON_S:
+            kept.append((degree, seconds, seconds - step_s))
+    degrees, times, waits = zip(*kept, strict=True)
+    return StepTable(degrees, times, waits)
+
+
 def options(job: OpenJob, now_s: float, boundary_s: float) -> tuple[Option, ...]:
     """The degrees of the cheapest mix with what each does in this round; empty for a late request.
 
     A step longer than the round would never start in the paper; here it runs, alone, beyond the boundary.
     """
     work = job.work[0]
-    mix = work.table.cheapest(work.steps, job.job.deadline_s - now_s - work.tail_s)
+    budget_s = job.job.deadline_s - now_s - work.tail_s
+    mix = in_rounds(work.table, boundary_s - now_s).cheapest(work.steps, budget_s)
+    mix = mix or work.table.cheapest(work.steps, budget_s)
     if mix is None:
         return ()
     left_s = job.job.deadline_s - now_s
@@ -162,8 +182,8 @@ class _Placer:
 
     def __init__(self, board: Board) -> None:
         self.board = board
-        self.lister = Lister(board, Rule(), ())
-        self.idle = self.lister.idle()
+        self.lister = Lister(board, Rule())
+        self.idle = self.lister.idle
         self.picks: list[Pick] = []
         self.placed: set[str] = set()
 
@@ -186,7 +206,7 @@ class _Placer:
         """Widen the picks from `first` on over what is still idle (paper 2.6)."""
         self.lister.widen(self.picks[first:], self.idle, 0)
         used = mask_of(sorted({gpu for pick in self.picks for gpu in pick.gpus.gpus}))
-        self.idle = self.lister.idle() & ~used
+        self.idle = self.lister.idle & ~used
 
     def entries(self) -> list[Entry]:
         """Whole steps that fit the round, at least one; what follows in the chain goes on there in the same round."""

@@ -8,7 +8,7 @@ widths that fit by count always fit by place on an empty board.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -87,6 +87,57 @@ def choose(sets: Sequence[GpuSet], idle: int, previous: int) -> GpuSet | None:
         if best is None or key < best_key:
             best, best_key = candidate, key
     return best
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The buddy blocks of a board as bits, so that a free one is found by a few shifts.
+
+    Attributes:
+        starts: for each power-of-two width, the mask of the first GPUs of its blocks.
+        sets: the sets of the powers of two, by width and first GPU.
+        masks: the masks of all of these sets.
+    """
+
+    n_gpus: int
+    starts: tuple[tuple[int, int], ...]
+    sets: Mapping[int, Mapping[int, GpuSet]]
+    masks: frozenset[int]
+
+    def find(self, degree: int, idle: int, previous: int) -> GpuSet | None:
+        """What `choose` takes out of `sets_of(n_gpus, degree)`."""
+        if degree not in self.sets or (previous & idle and previous not in self.masks):
+            return choose(sets_of(self.n_gpus, degree), idle, previous)
+        fits, touched = idle, previous
+        for width, starts in self.starts:
+            if width > degree:
+                break
+            fits &= fits >> width // 2 & starts
+            touched = (touched | touched >> width // 2) & starts
+        if not fits:
+            return None
+        # blocks nest: those that touch a previous block keep equally many of its GPUs
+        left = fits & touched or fits
+        larger = fits
+        for width, starts in self.starts:
+            if width <= degree:
+                continue
+            larger &= larger >> width // 2 & starts
+            outside = left & ~(larger * ((1 << width) - 1))
+            if outside or not larger:
+                left = outside or left
+                break
+        return self.sets[degree][(left & -left).bit_length() - 1]
+
+
+@lru_cache(maxsize=64)
+def blocks_of(n_gpus: int) -> Blocks:
+    widths = [1 << power for power in range(n_gpus.bit_length())]
+    sets = {width: {one.gpus[0]: one for one in sets_of(n_gpus, width)} for width in widths}
+    starts = tuple((width, mask_of(list(sets[width]))) for width in widths if width > 1)
+    return Blocks(
+        n_gpus, starts, sets, frozenset(one.mask for level in sets.values() for one in level.values())
+    )
 
 
 def earliest(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from solver.board import EPSILON_S, OpenJob
+from solver.placement import GpuSet
 from solver.problem import Entry
 
 
@@ -30,70 +31,105 @@ class Run:
 
     Attributes:
         steps: left in the current phase, `work`.
+        degrees, seconds: of the current phase, narrow to wide.
         ready_s: when it can start or go on.
         latest_s: when it must go on at the latest, at its fastest degrees, to be on time.
+        due_s: when the current phase must end at the latest.
         gpus: mask of the GPUs that hold its latents.
         finish_s: infinite until it is done.
     """
 
-    __slots__ = ("finish_s", "gpus", "latest_s", "open", "phase", "ready_s", "steps", "work")
+    __slots__ = (
+        "degrees",
+        "due_s",
+        "finish_s",
+        "gpus",
+        "latest_s",
+        "open",
+        "phase",
+        "ready_s",
+        "seconds",
+        "steps",
+        "work",
+    )
 
     def __init__(self, job: OpenJob) -> None:
         self.open = job
-        self.phase = 0
-        self.work = job.work[0]
-        self.steps = self.work.steps
         self.ready_s = job.start_s
         self.gpus = job.gpus
         self.finish_s = math.inf
         self.latest_s = job.job.deadline_s - job.least_s
+        self._enter(0)
 
-    def floor_at(self, now_s: float, rule: Rule) -> int:
+    def _enter(self, phase: int) -> None:
+        self.phase = phase
+        self.work = self.open.work[phase]
+        self.steps = self.work.steps
+        self.degrees = self.work.table.degrees
+        self.seconds = self.work.table.seconds
+        self.due_s = self.open.job.deadline_s - self.work.tail_s + EPSILON_S
+
+    def floor_at(self, now_s: float, single_degree: bool) -> int:
         """Index of the narrowest degree to run at now; a late request gets no more than that."""
-        table = self.work.table
-        budget_s = self.open.job.deadline_s - now_s - self.work.tail_s + EPSILON_S
-        last = len(table.degrees) - 1
+        seconds, steps = self.seconds, self.steps
+        budget_s = self.due_s - now_s
+        narrow = steps if single_degree else 1
+        wide = steps - narrow
+        last = len(seconds) - 1
         for index in range(last):
-            narrow = self.steps if rule.single_degree else 1
-            seconds = narrow * table.seconds[index] + (self.steps - narrow) * table.seconds[index + 1]
-            if seconds <= budget_s:
+            need_s = narrow * seconds[index]
+            if wide:
+                need_s += wide * seconds[index + 1]
+            if need_s <= budget_s:
                 return index
-        return last if self.steps * table.fastest_s <= budget_s else 0
+        return last if steps * seconds[last] <= budget_s else 0
 
     def advance(self, steps: int, end_s: float, gpus: int) -> None:
         """Record a segment of the current phase and move on along the chain."""
         self.steps -= steps
         self.ready_s = end_s
         self.gpus = gpus
-        self.latest_s += steps * self.work.table.fastest_s
+        self.latest_s += steps * self.seconds[-1]
         if self.steps:
             return
-        self.phase += 1
-        if self.phase == len(self.open.work):
+        if self.phase + 1 == len(self.open.work):
             self.finish_s = end_s
         else:
-            self.work = self.open.work[self.phase]
-            self.steps = self.work.steps
+            self._enter(self.phase + 1)
 
     @property
     def is_done(self) -> bool:
         return self.finish_s < math.inf
 
 
+Segment = tuple[float, float, Run, str, GpuSet, int]
+"""Start, end, request, kind, GPUs, steps: an `Entry` in the making; a look-ahead throws most of them away."""
+
+
+def entries_of(segments: list[Segment]) -> list[Entry]:
+    """In order of start."""
+    ordered = sorted(segments, key=lambda segment: segment[:2])
+    return [
+        Entry(run.open.job.id, kind, gpus.gpus, steps, start_s, end_s)
+        for start_s, end_s, run, kind, gpus, steps in ordered
+    ]
+
+
 @dataclass
 class Schedule:
-    """Entries so far and what became of the requests.
+    """Segments so far and what became of the requests.
 
     Attributes:
         runs: the requests that were to be on time.
-        busy: per GPU, (start, end) of the entries in order of start.
         missed: those of `runs` that became late on the way, in that order, with the work they have left.
+        is_cut: it was left off before its end, by the clock or because it could not become the best.
     """
 
-    entries: list[Entry]
+    rule: Rule
+    segments: list[Segment]
     runs: list[Run]
-    busy: list[list[tuple[float, float]]]
     missed: list[Run] = field(default_factory=list)
+    is_cut: bool = False
 
     @property
     def on_time(self) -> int:
@@ -106,7 +142,7 @@ class Schedule:
     @property
     def safety(self) -> float:
         """Least slack left at the end, as a share of the request's budget, over those on time."""
-        ends = [(run.finish_s, run.open.job) for run in self.runs if run.is_done]
+        ends = [(run.finish_s, run.open.job) for run in self.runs if run.finish_s <= run.due_s]
         shares = [
             (job.deadline_s - end_s) / max(job.deadline_s - job.arrival_s, EPSILON_S) for end_s, job in ends
         ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_checker import is_allowed_set
 
-from solver.placement import aligned_sets, choose, earliest, gpu_sets, mask_of, sets_of
+from solver.placement import aligned_sets, blocks_of, choose, earliest, gpu_sets, mask_of, sets_of
 
 
 def test_sets_of_a_full_node() -> None:
@@ -69,3 +69,18 @@ def test_earliest_start_first_and_never_a_lost_gpu() -> None:
     assert found is not None and (found[0], found[1].gpus) == (3.0, (4, 5))
     assert earliest(sets_of(8, 8), free_at_s, 0.0, 0) is None
     assert earliest((), free_at_s, 0.0, 0) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(n_gpus=st.integers(1, 20), data=st.data())
+def test_blocks_find_what_choose_takes(n_gpus: int, data: st.DataObject) -> None:
+    degree = data.draw(st.integers(1, n_gpus))
+    idle = data.draw(st.integers(0, (1 << n_gpus) - 1))
+    previous = data.draw(
+        st.one_of(
+            st.just(0),
+            st.integers(0, (1 << n_gpus) - 1),
+            st.sampled_from([one.mask for width in (1, 2, 4, 8) for one in sets_of(n_gpus, width)]),
+        )
+    )
+    assert blocks_of(n_gpus).find(degree, idle, previous) == choose(sets_of(n_gpus, degree), idle, previous)

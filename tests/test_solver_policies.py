@@ -73,13 +73,45 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     )
 
 
+def promised_violations(snapshot: Snapshot, packing: Packing) -> list[str]:
+    """What is wrong with a packing that must end for all who are to be on time, and by when it must."""
+    wrong = packing_violations(snapshot, packing.entries, complete=False)
+    for one in snapshot.jobs:
+        own = [entry for entry in packing.entries if entry.job_id == one.id]
+        if one.deadline_s == math.inf or one.is_late(snapshot.now_s) or one.id in packing.set_aside:
+            continue
+        if sum(entry.steps for entry in own) != sum(phase.steps for phase in one.phases):
+            wrong.append(f"{one.id}: neither set aside nor finished")
+        elif max(entry.end_s for entry in own) > one.deadline_s + 1e-6:
+            wrong.append(f"{one.id}: late and not set aside")
+    return wrong
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=60, deadline=None)
 @given(snapshot=snapshots())
 def test_every_packing_is_valid(name: str, snapshot: Snapshot) -> None:
-    packing = make_policy(name)(snapshot)
-    assert packing_violations(snapshot, packing.entries, complete=name != "dp") == []
+    packing = make_policy(name, time_limit_s=5.0)(snapshot)
+    # these two plan best effort only as far as it will be committed
+    assert packing_violations(snapshot, packing.entries, complete=name not in ("dp", "ilp")) == []
     assert packing.set_aside <= {job.id for job in snapshot.jobs}
+
+
+@settings(max_examples=100, deadline=None)
+@given(snapshot=snapshots())
+def test_ilp_plans_to_the_end_for_those_to_be_on_time(snapshot: Snapshot) -> None:
+    assert promised_violations(snapshot, IlpPolicy(time_limit_s=5.0)(snapshot)) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(snapshot=snapshots())
+def test_ilp_without_time_gives_a_valid_packing_that_keeps_gpus_busy(snapshot: Snapshot) -> None:
+    packing = IlpPolicy(time_limit_s=0.0)(snapshot)
+    assert packing_violations(snapshot, packing.entries, complete=False) == []
+    now_s = snapshot.now_s
+    can_start = [j for j in snapshot.jobs if j.ready_s <= now_s and 1 in j.phases[0].step_s]
+    if can_start and min(snapshot.free_at_s) <= now_s:
+        assert any(entry.start_s <= now_s for entry in packing.entries)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -139,7 +171,7 @@ def test_ilp_sets_one_aside_and_keeps_it_aside() -> None:
     snapshot = overloaded()
     packing = IlpPolicy(time_limit_s=5.0)(snapshot)
     end_s = finishes(packing)
-    on_time = {job.id for job in snapshot.jobs if end_s[job.id] <= job.deadline_s + 1e-6}
+    on_time = {job.id for job in snapshot.jobs if end_s.get(job.id, math.inf) <= job.deadline_s + 1e-6}
     assert {"small0", "small1", "small2", "small3"} <= on_time
     assert len([id_ for id_ in on_time if id_.startswith("large")]) == 1 + (len(packing.set_aside) == 1)
     assert packing.set_aside and packing.set_aside.isdisjoint(on_time)
@@ -158,22 +190,22 @@ def test_ilp_takes_the_cheap_path_when_everybody_fits() -> None:
 def test_ilp_without_time_or_solver_is_still_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = overloaded()
     packing = IlpPolicy(time_limit_s=0.0)(snapshot)
-    assert packing_violations(snapshot, packing.entries, complete=True) == []
-    assert packing.info["completions"] == 1
+    assert packing_violations(snapshot, packing.entries, complete=False) == []
+    assert packing.info == {"completions": 1, "ilps": 0}
     monkeypatch.setattr(ilp, "select", lambda *_, **__: None)
     without = IlpPolicy(time_limit_s=5.0)(snapshot)
-    assert packing_violations(snapshot, without.entries, complete=True) == []
+    assert promised_violations(snapshot, without) == []
     assert len(without.set_aside) <= 2  # by hand
     monkeypatch.undo()
     monkeypatch.setattr(selection, "_solver", lambda _: 1 / 0)
-    assert packing_violations(snapshot, IlpPolicy()(snapshot).entries, complete=True) == []
+    assert promised_violations(snapshot, IlpPolicy()(snapshot)) == []
 
 
 def test_late_requests_run_on_idle_gpus_without_delaying_others() -> None:
     timely = job("timely", 10, MEDIUM, 1.2)
     late = job("late", 28, LARGE, 0.5)
-    alone = finishes(IlpPolicy()(Snapshot(0.0, 0.125, (0.0,) * 2, (timely,))))
-    packing = IlpPolicy()(Snapshot(0.0, 0.125, (0.0,) * 2, (timely, late)))
+    alone = finishes(IlpPolicy()(Snapshot(0.0, 0.125, (0.0,) * 3, (timely,))))
+    packing = IlpPolicy()(Snapshot(0.0, 0.125, (0.0,) * 3, (timely, late)))
     assert finishes(packing)["timely"] <= max(alone["timely"], timely.deadline_s)
     assert math.isfinite(finishes(packing)["late"])
     assert packing.set_aside == frozenset()
