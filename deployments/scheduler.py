@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import secrets
 import time
@@ -15,7 +14,7 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import ray
@@ -23,6 +22,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
+from deployments.entry import Entry
 from deployments.fleet import Fleet
 from deployments.profiling import fitting_profile
 from solver.policies import make_policy
@@ -38,13 +38,10 @@ from tetriserve.errors import (
 )
 from tetriserve.request import (
     CellStatus,
-    Execution,
     GenerateRequest,
     GenerateResult,
-    Metrics,
     ModelInfo,
     Progress,
-    StepRange,
 )
 from tetriserve.scheduler import Assignment, RoundScheduler
 
@@ -66,38 +63,6 @@ FALLBACK_POLICY = "edf"
 """A plain list schedule: no solver, done in milliseconds."""
 
 
-@dataclass
-class _Entry:
-    """An accepted request: where its data is and what happened to it so far."""
-
-    id: str
-    request: GenerateRequest
-    arrival_s: float
-    slo_s: float | None
-    result: asyncio.Future[GenerateResult]
-    conditioning: Any = None
-    latents: Any = None
-    """Reference to the latents behind the last range sent out ..."""
-    committed_latents: Any = None
-    """... and behind the last range that was reported: what is left when a GPU is lost."""
-    aborting: bool = False
-    """A range of it was lost: those sent out behind that one do not count either."""
-    last_range: asyncio.Task[None] | None = None
-    touched: set[int] = field(default_factory=set)
-    knows: set[int] = field(default_factory=set)
-    holders: set[int] = field(default_factory=set)
-    phase: str = "queue"
-    steps_done: int = 0
-    executions: list[Execution] = field(default_factory=list)
-    peak_memory_bytes: int = 0
-    outstanding: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def progress(self) -> Progress:
-        assert self.request.num_inference_steps is not None
-        return Progress(self.id, self.phase, self.steps_done, self.request.num_inference_steps)
-
-
 class Scheduler:
     """Ray actor (asyncio). One per cell; owns the cell's GPU replica actors.
 
@@ -110,7 +75,7 @@ class Scheduler:
         logging.basicConfig(level=logging.INFO)
         self._args = args
         self._fleet = Fleet(args, group)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._wake = asyncio.Event()
         self._failure = "starting"
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -179,7 +144,7 @@ class Scheduler:
         self._end(entry, GenerationFailed(f"request {request_id} was cancelled"))
         return True
 
-    def _admit(self, request: GenerateRequest) -> _Entry:
+    def _admit(self, request: GenerateRequest) -> Entry:
         if self._failure:
             raise NotReady(f"the cell is not ready: {self._failure}", retry_after_s=5)
         limit = self._args.scheduler.max_open_requests
@@ -206,7 +171,7 @@ class Scheduler:
         if slo_s is None and self._args.scheduler.default_slo_scale is not None:
             alone_s = sum(phase.steps * phase.fastest_step_s for phase in phases)
             slo_s = self._args.scheduler.default_slo_scale * alone_s
-        entry = _Entry(request_id, request, now_s, slo_s, asyncio.get_running_loop().create_future())
+        entry = Entry(request_id, request, now_s, slo_s, asyncio.get_running_loop().create_future())
         self._rounds.arrived(
             request_id,
             phases,
@@ -238,7 +203,7 @@ class Scheduler:
             Phase("decode", 1, {1: self._profile.decode_s(shape)}),
         )
 
-    def _end(self, entry: _Entry, outcome: GenerateResult | TetriserveError) -> None:
+    def _end(self, entry: Entry, outcome: GenerateResult | TetriserveError) -> None:
         """Settle a request and forget it; what is in flight for it runs out and is released then."""
         self._rounds.cancelled(entry.id)
         self._entries.pop(entry.id, None)
@@ -253,7 +218,7 @@ class Scheduler:
             self._release(entry)
         self._wake.set()
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         for gpu in entry.touched - self._lost:
             self._fleet[gpu].release.remote(entry.id)
         entry.touched = set()
@@ -334,7 +299,7 @@ class Scheduler:
 
     async def _collect(
         self,
-        entry: _Entry,
+        entry: Entry,
         assignment: Assignment,
         reports: list[Any],
         produced: list[Any],
@@ -352,7 +317,7 @@ class Scheduler:
         if errors or entry.aborting:
             self._rounds.aborted(assignment.seq, now_s)
             if silent or entry.aborting:
-                self._roll_back(entry)
+                entry.roll_back()
                 for gpu in silent:
                     self._lose(gpu)
             else:
@@ -364,65 +329,14 @@ class Scheduler:
                 entry.committed_latents = produced[-1]
             complete = self._rounds.finished(assignment.seq, now_s)
             if entry.id in self._entries:
-                self._account(entry, assignment, cast("list[Report]", results))
+                entry.record(assignment, cast("list[Report]", results))
                 if complete:
-                    self._end(entry, self._result(entry, produced[0], now_s))
+                    self._end(entry, entry.finish(produced[0], now_s, self._info.name))
         if entry.id not in self._entries and entry.outstanding == 0:
             self._release(entry)
         self._wake.set()
 
-    def _roll_back(self, entry: _Entry) -> None:
-        """Back to the last committed latents, once nothing is in flight behind the lost range."""
-        entry.aborting = entry.outstanding > 0
-        if entry.aborting:
-            return
-        entry.latents = entry.committed_latents
-        entry.holders = set()
-        if entry.latents is None:  # encode itself was lost
-            entry.conditioning = None
-            entry.knows = set()
-
-    def _account(self, entry: _Entry, assignment: Assignment, reports: list[Report]) -> None:
-        # while all members were in it: before that the first ones wait for the others
-        start_s, end_s = max(r.started_s for r in reports), min(r.ended_s for r in reports)
-        entry.executions.append(Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s))
-        entry.phase = assignment.kind
-        entry.peak_memory_bytes = max(entry.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))
-        if assignment.kind == "denoise":
-            entry.steps_done += assignment.steps
-        entry.changed.set()
-
-    def _result(self, entry: _Entry, image: Any, now_s: float) -> GenerateResult:
-        total_s = now_s - entry.arrival_s
-        schedule = entry.executions
-        seconds = {
-            kind: sum(e.end_s - e.start_s for e in schedule if e.kind == kind)
-            for kind in ("encode", "denoise", "decode")
-        }
-        steps = [
-            StepRange(sum(e.steps for e in ranges), len(gpus), gpus)
-            for gpus, ranges in itertools.groupby(
-                (e for e in schedule if e.kind == "denoise"), key=lambda e: e.gpus
-            )
-        ]
-        assert entry.request.seed is not None
-        metrics = Metrics(
-            queue_s=max(0.0, total_s - sum(seconds.values())),
-            encode_s=seconds["encode"],
-            denoise_s=seconds["denoise"],
-            decode_s=seconds["decode"],
-            total_s=total_s,
-            inference_s=schedule[-1].end_s - schedule[0].start_s,
-            slo_s=entry.slo_s,
-            slo_met=None if entry.slo_s is None else total_s <= entry.slo_s,
-            steps=tuple(steps),
-            schedule=tuple(schedule),
-            seed=entry.request.seed,
-            peak_memory_bytes=entry.peak_memory_bytes,
-        )
-        return GenerateResult(entry.id, image, time.time(), self._info.name, metrics)
-
-    def _fail(self, entry: _Entry, assignment: Assignment, error: BaseException) -> None:
+    def _fail(self, entry: Entry, assignment: Assignment, error: BaseException) -> None:
         """The request failed by itself; the ones beside and after it go on."""
         if entry.id in self._entries:
             cause = getattr(error, "cause", None) or error

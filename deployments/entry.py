@@ -1,0 +1,105 @@
+"""An accepted request as the scheduler actor keeps it: where its data is and what happened to it so far."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from tetriserve.engine.report import Report
+from tetriserve.request import Execution, GenerateRequest, GenerateResult, Metrics, Progress, StepRange
+from tetriserve.scheduler import Assignment
+
+
+@dataclass
+class Entry:
+    """One open request.
+
+    Attributes:
+        request: with steps and seed filled in.
+        arrival_s: on the scheduler's monotonic clock.
+        conditioning: reference to what encode made.
+        latents: reference to the latents behind the last range sent out ...
+        committed_latents: ... and behind the last one reported: what is left when a GPU is lost.
+        aborting: a range was lost; those sent out behind it do not count either.
+        touched, knows, holders: GPUs that ever had it, that have its conditioning, its newest latents.
+        outstanding: ranges sent out and not yet collected.
+    """
+
+    id: str
+    request: GenerateRequest
+    arrival_s: float
+    slo_s: float | None
+    result: asyncio.Future[GenerateResult]
+    conditioning: Any = None
+    latents: Any = None
+    committed_latents: Any = None
+    aborting: bool = False
+    last_range: asyncio.Task[None] | None = None
+    touched: set[int] = field(default_factory=set)
+    knows: set[int] = field(default_factory=set)
+    holders: set[int] = field(default_factory=set)
+    phase: str = "queue"
+    steps_done: int = 0
+    executions: list[Execution] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    outstanding: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def progress(self) -> Progress:
+        assert self.request.num_inference_steps is not None
+        return Progress(self.id, self.phase, self.steps_done, self.request.num_inference_steps)
+
+    def record(self, assignment: Assignment, reports: list[Report]) -> None:
+        """A range of it was run by all its members."""
+        # while all members were in it: before that the first ones wait for the others
+        start_s, end_s = max(r.started_s for r in reports), min(r.ended_s for r in reports)
+        self.executions.append(Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s))
+        self.phase = assignment.kind
+        self.peak_memory_bytes = max(self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))
+        if assignment.kind == "denoise":
+            self.steps_done += assignment.steps
+        self.changed.set()
+
+    def roll_back(self) -> None:
+        """After a lost range: back to the last committed latents, once nothing is in flight behind it."""
+        self.aborting = self.outstanding > 0
+        if self.aborting:
+            return
+        self.latents = self.committed_latents
+        self.holders = set()
+        if self.latents is None:  # encode itself was lost
+            self.conditioning = None
+            self.knows = set()
+
+    def finish(self, image: Any, now_s: float, model: str) -> GenerateResult:
+        """The result, with `image` and all that happened on the way."""
+        total_s = now_s - self.arrival_s
+        schedule = self.executions
+        seconds = {
+            kind: sum(e.end_s - e.start_s for e in schedule if e.kind == kind)
+            for kind in ("encode", "denoise", "decode")
+        }
+        denoise = (e for e in schedule if e.kind == "denoise")
+        steps = [
+            StepRange(sum(e.steps for e in ranges), len(gpus), gpus)
+            for gpus, ranges in itertools.groupby(denoise, key=lambda e: e.gpus)
+        ]
+        assert self.request.seed is not None
+        metrics = Metrics(
+            queue_s=max(0.0, total_s - sum(seconds.values())),
+            encode_s=seconds["encode"],
+            denoise_s=seconds["denoise"],
+            decode_s=seconds["decode"],
+            total_s=total_s,
+            inference_s=schedule[-1].end_s - schedule[0].start_s,
+            slo_s=self.slo_s,
+            slo_met=None if self.slo_s is None else total_s <= self.slo_s,
+            steps=tuple(steps),
+            schedule=tuple(schedule),
+            seed=self.request.seed,
+            peak_memory_bytes=self.peak_memory_bytes,
+        )
+        return GenerateResult(self.id, image, time.time(), model, metrics)
