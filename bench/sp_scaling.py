@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def main() -> None:
     _, _, args = load_config(options.config)
     gpus, degrees, shapes = args.cell.gpus, args.cell.all_degrees, args.profile.all_shapes
     bundles = args.cell.bundles
-    start_ray(math.ceil(sum(bundle["CPU"] for bundle in bundles)))
+    start_ray(sum(bundle["CPU"] for bundle in bundles))
     try:
         fleet = Fleet(args, ray.util.placement_group(bundles, strategy="STRICT_PACK"))
         asyncio.run(fleet.start())

@@ -72,7 +72,7 @@ class Fleet:
         Groups with the new replica are built over a fresh store when a plan first needs them, in plan order,
         so that nobody has to stop for it. Raises what Ray or the replica raises if it cannot be done.
         """
-        ray.kill(self._replicas[gpu])
+        self.kill(gpu)
         self._replicas[gpu] = self._new(gpu)
         await self._replicas[gpu].info.remote()
         epoch = self.epoch + 1

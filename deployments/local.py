@@ -184,22 +184,25 @@ def ignore_signals() -> None:
 
 
 def cpus_needed(application: ServeApplicationSchema, args: AppArgs) -> int:
-    """Ray CPUs that hold all cells of the file, however few cores this machine has."""
+    """Ray CPUs that hold all cells of the file."""
     override = next((item for item in application.deployments if item.name == "Cell"), None)
     settings = override.model_dump(exclude_unset=True) if override else {}
     cells = (settings.get("autoscaling_config") or {}).get("max_replicas") or settings.get("num_replicas")
     bundles = settings.get("placement_group_bundles") or args.cell.bundles
     per_cell = sum(bundle.get("CPU", 0.0) for bundle in bundles)
-    return max(os.cpu_count() or 1, math.ceil(per_cell * (cells if isinstance(cells, int) else 1)))
+    return math.ceil(per_cell * (cells if isinstance(cells, int) else 1))
 
 
-def start_ray(num_cpus: int) -> None:
-    """A private Ray on this machine, quiet and without a dashboard; others may run beside it."""
+def start_ray(cpus: float) -> None:
+    """A private Ray on this machine, quiet and without a dashboard; others may run beside it.
+
+    Ray is told of `cpus` at least, however few cores there are: they are its bookkeeping, not a limit.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
         namespace="serve",
-        num_cpus=num_cpus,
+        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

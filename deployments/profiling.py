@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import math
 import os
 import re
 from pathlib import Path
 
 from deployments.config import AppArgs
 from deployments.fleet import Fleet
+from tetriserve.cache import cache_folder
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
@@ -95,7 +95,7 @@ def run(args: AppArgs, out: Path) -> None:
             return await fleet.profile(measured)
 
     bundles = args.cell.bundles
-    start_ray(max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in bundles))))
+    start_ray(sum(bundle["CPU"] for bundle in bundles))
     try:
         fleet = Fleet(args, ray.util.placement_group(bundles, strategy="STRICT_PACK"))
         write_profile(out, asyncio.run(measure()))
@@ -108,8 +108,7 @@ def run(args: AppArgs, out: Path) -> None:
 
 
 def _cache_path(args: AppArgs, fleet: Fleet) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    root = Path(args.profile.cache_dir or cache / "tetriserve" / "profiles").expanduser()
+    root = Path(args.profile.cache_dir or cache_folder("profiles")).expanduser()
     key = repr((fleet.fingerprint, args.cell.gpus, args.cell.all_degrees, args.profile.shapes))
     name = re.sub(r"[^\w.-]", "-", fleet.info.name)
     return root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.yaml"

@@ -137,8 +137,9 @@ class GPUReplica:
             revision=model.revision,
         )
         self._engine = Engine(adapter, GroupTable(self._gpu, device))
+        self._info = self._describe()
 
-    def info(self) -> ReplicaInfo:
+    def _describe(self) -> ReplicaInfo:
         import diffusers
         import torch
 
@@ -156,6 +157,10 @@ class GPUReplica:
         ]
         fingerprint = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()
         return ReplicaInfo(adapter.info, device, fingerprint)
+
+    def info(self) -> ReplicaInfo:
+        """Answers at once, also while the engine computes: the scheduler asks whether this replica lives."""
+        return self._info
 
     def open_store(self) -> int:
         """Host a fresh rendezvous store for the cell; returns its port."""

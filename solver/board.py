@@ -74,10 +74,6 @@ class Board:
         return tuple(max(free_s, self.snapshot.now_s) for free_s in self.snapshot.free_at_s)
 
     @cached_property
-    def n_alive(self) -> int:
-        return sum(free_s < math.inf for free_s in self.free_at_s)
-
-    @cached_property
     def sets(self) -> Mapping[int, tuple[GpuSet, ...]]:
         n_gpus = len(self.free_at_s)
         lost = mask_of([gpu for gpu, free_s in enumerate(self.free_at_s) if free_s == math.inf])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +33,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from tetriserve.cache import cache_folder
+
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
@@ -48,11 +49,9 @@ _WORDS = tuple(
 )
 
 
-def embedded_folder(cache_dir: Path | None = None) -> Path:
+def embedded_folder() -> Path:
     """The folder of the embedded model, made on first use. Safe with several processes at once."""
-    root = (
-        cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tetriserve" / "models"
-    )
+    root = cache_folder("models")
     folder = root / VERSION
     if not (folder / "model_index.json").exists():
         root.mkdir(parents=True, exist_ok=True)
