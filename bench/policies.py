@@ -30,7 +30,7 @@ from tetriserve.simulate import Disturbance, named_policy, simulate
 HERE = Path(__file__).parent
 PLAN_LIMIT_S = 1.0
 """Never reached, so that outcomes do not depend on the load of this machine; planning times are in the tables."""
-BOUND_LIMIT_S = 60.0
+BOUND_LIMIT_S = 30.0
 
 
 def run_variant(cell: Cell, variant: Variant, seed: int) -> dict[str, Any] | None:

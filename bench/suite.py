@@ -95,8 +95,8 @@ class Variant:
     swept: str | None = None
 
 
-DP_ROUND_STEPS = (0.2, 0.6, 0.8, 1.0, 1.25, 2.0, 5.0)
-DP_EVENTS_ROUND_STEPS = (0.8, 1.5, 3.0, 5.0)
+DP_ROUND_STEPS = (0.2, 0.6, 0.8, 1.0, 5.0)
+DP_EVENTS_ROUND_STEPS = (1.5, 3.0, 5.0)
 """Steps of the largest open shape at its fastest; `dp` is the paper as written, `dp+events` a stronger reading."""
 VARIANTS: tuple[Variant, ...] = (
     *(Variant(name, name) for name in ("sp1", "sp2", "sp4", "sp8", "rssp", "edf", "ilp")),

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
 from deployments.replica import THREADS, GPUReplica
-from solver.placement import aligned_sets, gpu_sets
+from solver.placement import group_sets, gpu_sets
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import ModelInfo, Shape
@@ -55,14 +55,14 @@ class Fleet:
         return self._replicas[gpu]
 
     async def start(self) -> None:
-        """Load the model everywhere and warm the groups of all aligned sets. Raises `ConfigError`."""
+        """Load the model everywhere and warm the groups of all sets. Raises `ConfigError`."""
         self._replicas = [self._new(gpu) for gpu in range(len(self))]
         infos = await asyncio.gather(*(replica.info.remote() for replica in self._replicas))
         self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
         if len(self) > 1:
             port = await self._replicas[0].open_store.remote()
             cell = self._args.cell
-            sets = tuple(gpus for gpus in aligned_sets(len(self)) if len(gpus) in cell.all_degrees)
+            sets = tuple(gpus for gpus in group_sets(len(self)) if len(gpus) in cell.all_degrees)
             await asyncio.gather(*(replica.join.remote(self.epoch, port) for replica in self._replicas))
             await asyncio.gather(*(replica.warm.remote(self.epoch, sets) for replica in self._replicas))
 

@@ -7,7 +7,7 @@ degree, the relaxation has two constraints (step count, time), so two degrees su
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -122,3 +122,19 @@ def step_table(step_s: Mapping[int, float]) -> StepTable:
     if not step_s:
         raise ValueError("a phase needs at least one degree")
     return _table(tuple(sorted(step_s.items())))
+
+
+def least_gpu_seconds(work: Iterable[tuple[int, StepTable]], budget_s: float) -> float:
+    """GPU-seconds of the cheapest way through (steps, table) in turn within `budget_s`.
+
+    All slack goes to the first phases with a choice; every step at its fastest degree when nothing fits.
+    """
+    chain = list(work)
+    slack_s = max(0.0, budget_s - sum(steps * table.fastest_s for steps, table in chain))
+    total = 0.0
+    for steps, table in chain:
+        least_s = steps * table.fastest_s
+        gpu_seconds, seconds = table.least_cost(steps, least_s + slack_s)
+        total += gpu_seconds
+        slack_s = max(0.0, slack_s - (seconds - least_s))
+    return total

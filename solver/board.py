@@ -12,8 +12,11 @@ from solver.placement import GpuSet, mask_of, sets_of
 from solver.problem import Job, Phase, Snapshot
 
 EPSILON_S = 1e-9
-STARVING_AFTER_S = 60.0
-"""A best-effort request without progress for so long gets one segment before all others."""
+BEST_EFFORT_SHARE = 0.01
+"""Share of the board that best-effort requests get together, however many others could be on time.
+
+Together, not each: under lasting overload they are many, and a share each would take the GPUs from those that can
+be on time."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,12 @@ def waiting_order(job: OpenJob) -> tuple[int, float, str]:
     return (-job.job.priority, job.job.arrival_s, job.job.id)
 
 
-def longest_starving(now_s: float, best_effort: Sequence[OpenJob]) -> OpenJob | None:
-    """The best-effort request that made no progress for longest, when that is too long."""
-    longest = min(best_effort, key=lambda job: job.job.ready_s, default=None)
-    if longest is None or now_s - longest.job.ready_s < STARVING_AFTER_S:
+def first_starving(board: Board, best_effort: Sequence[OpenJob]) -> OpenJob | None:
+    """The best-effort request that is first in line, when its kind has waited long enough to be owed a segment."""
+    if not best_effort:
         return None
-    return longest
+    first = min(best_effort, key=waiting_order)
+    table, snapshot = first.work[0].table, board.snapshot
+    segment_gpu_s = table.degrees[0] * max(table.seconds[0], snapshot.round_s)
+    waited_s = snapshot.now_s - max(job.job.ready_s for job in best_effort)
+    return first if waited_s * BEST_EFFORT_SHARE * len(board.free_at_s) >= segment_gpu_s else None

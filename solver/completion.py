@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from solver.board import EPSILON_S, Board
 from solver.listing import Lister, Pick, bits
-from solver.schedule import Rule, Run, Schedule, urgency
+from solver.schedule import Rule, Run, Schedule, by_deadline
 
 
 def schedule_on_time(
@@ -31,7 +31,7 @@ def schedule_on_time(
         may_miss: more than so many late ones and the rest is of no interest.
         stop_s: where `time.perf_counter` ends the look-ahead; what starts now is in it all the same.
     """
-    order = sorted(runs, key=urgency)
+    order = sorted(runs, key=rule.order)
     every = order if starving is None else [starving, *order]
     lister = Lister(board, rule, (run.ready_s for run in every if run.ready_s > board.snapshot.now_s))
     schedule = Schedule(rule, lister.segments, list(runs))
@@ -50,6 +50,8 @@ def schedule_on_time(
                 if len(schedule.missed) > may_miss:
                     break
                 order = [run for run in order if run.latest_s >= late_s]
+        if rule.order is not by_deadline:  # deadlines do not move
+            order.sort(key=rule.order)
         ready_s = lister.now_s + EPSILON_S
         picks: list[Pick] = []
         if idle:

@@ -11,10 +11,12 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from solver.board import Board, OpenJob, longest_starving, waiting_order
+from solver.allocation import least_gpu_seconds
+from solver.board import Board, OpenJob, first_starving, waiting_order
 from solver.completion import fill_gaps, schedule_on_time
+from solver.forecast import with_room_for_newcomers
 from solver.problem import Packing, Snapshot
-from solver.schedule import Rule, Run, Schedule, entries_of
+from solver.schedule import Rule, Run, Schedule, by_laxity, by_work, entries_of
 from solver.selection import Demand, fits_all, select
 
 RULES = (
@@ -22,6 +24,8 @@ RULES = (
     Rule(),
     Rule(hold=True),
     Rule(single_degree=True, hold=True),
+    Rule(by_laxity, single_degree=True),
+    Rule(by_work, single_degree=True),
 )
 """Variants of the exact completion, best first; all are tried while the clock allows."""
 MAX_CUTS = 1
@@ -106,11 +110,11 @@ class IlpPolicy:
 
     def __call__(self, snapshot: Snapshot) -> Packing:
         stop_s = time.perf_counter() + self.time_limit_s
-        board = Board(snapshot)
+        board = Board(with_room_for_newcomers(snapshot))
         jobs = [job for job in board.jobs if not job.is_late and job.job.deadline_s < math.inf]
         late = sorted((job for job in board.jobs if job.is_late), key=waiting_order)
         patient = sorted((job for job in board.jobs if job.job.deadline_s == math.inf), key=waiting_order)
-        starving = longest_starving(snapshot.now_s, [*patient, *late])
+        starving = first_starving(board, [*patient, *late])
         # while nobody is late for it, requests without deadline come before widening others beyond their need
         search = _Search(board, stop_s, spare=len(patient), starving=starving)
         everybody = range(len(jobs))
@@ -169,12 +173,7 @@ class IlpPolicy:
 
 
 def _demand(job: OpenJob) -> Demand:
-    """GPU-seconds of the cheapest way to be on time: all slack goes to the first phase with a choice."""
-    gpu_seconds = 0.0
-    slack_s = job.slack_s
-    for work in job.work:
-        least_s = work.steps * work.table.fastest_s
-        cost, seconds = work.table.least_cost(work.steps, least_s + max(0.0, slack_s))
-        gpu_seconds += cost
-        slack_s -= seconds - least_s
+    """What the request costs when it is served in the cheapest way that is on time."""
+    work = ((work.steps, work.table) for work in job.work)
+    gpu_seconds = least_gpu_seconds(work, job.job.deadline_s - job.start_s)
     return Demand(job.job.deadline_s, gpu_seconds, job.job.set_aside, job.job.priority)

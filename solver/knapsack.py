@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from solver.allocation import StepTable
-from solver.board import EPSILON_S, Board, OpenJob, longest_starving, waiting_order
+from solver.board import EPSILON_S, Board, OpenJob, first_starving, waiting_order
 from solver.listing import Lister, Pick
 from solver.placement import mask_of
 from solver.problem import Entry, Packing, Snapshot
@@ -151,7 +151,7 @@ class KnapsackPolicy:
         late = sorted((job for job in ready if job.is_late), key=waiting_order)
         timely = sorted((job for job in ready if not job.is_late), key=lambda job: job.slack_s)
         best_effort = [job for job in ready if job.is_late or job.job.deadline_s == math.inf]
-        starving = longest_starving(now_s, best_effort)
+        starving = first_starving(board, best_effort)
 
         placer = _Placer(board)
         if starving is not None:

@@ -64,12 +64,26 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What arrives with about one SLO.
+
+    Attributes:
+        slo_s: from arrival to deadline.
+        gpus: mean number of GPUs that these requests keep busy when each is served in its cheapest way.
+    """
+
+    slo_s: float
+    gpus: float
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The board and the open requests at one instant of decision.
 
     Attributes:
         round_s: round length.
         free_at_s: per GPU, when its committed work ends (`<= now_s` when idle), `math.inf` when lost.
+        expected: the load of the recent past, as a forecast.
     """
 
     now_s: float
@@ -77,6 +91,7 @@ class Snapshot:
     free_at_s: tuple[float, ...]
     jobs: tuple[Job, ...]
     next_boundary_s: float | None = None
+    expected: tuple[Load, ...] = ()
 
     @property
     def boundary_s(self) -> float:

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from solver.board import EPSILON_S, OpenJob
 from solver.placement import GpuSet
 from solver.problem import Entry
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a list schedule treats the requests that are to be on time.
-
-    Attributes:
-        single_degree: the floor is the narrowest degree that fits all remaining steps, which keeps slack for
-            surprises; else the narrowest of the mix, which is cheaper in GPU-seconds and leans on the widening.
-        hold: keep GPUs idle for a wide request that is in front but lacks some.
-        give_up: a request that cannot be on time any more leaves the schedule.
-    """
-
-    single_degree: bool = False
-    hold: bool = False
-    give_up: bool = True
 
 
 class Run:
@@ -102,6 +87,43 @@ class Run:
         return self.finish_s < math.inf
 
 
+def by_deadline(run: Run) -> tuple[float, int, float, str]:
+    """Earliest deadline first; ties by priority, then arrival."""
+    job = run.open.job
+    return (job.deadline_s, -job.priority, job.arrival_s, job.id)
+
+
+def by_laxity(run: Run) -> tuple[float, int, float, str]:
+    """Who must go on soonest comes first."""
+    return (run.latest_s, *by_deadline(run)[1:])
+
+
+def by_work(run: Run) -> tuple[float, int, float, str]:
+    """Who is soonest done at its fastest degrees comes first."""
+    return (run.open.job.deadline_s - run.latest_s, *by_deadline(run)[1:])
+
+
+Order = Callable[[Run], tuple[float, int, float, str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a list schedule treats the requests that are to be on time.
+
+    Attributes:
+        order: who is served first; looked at anew at every instant.
+        single_degree: the floor is the narrowest degree that fits all remaining steps, which keeps slack for
+            surprises; else the narrowest of the mix, which is cheaper in GPU-seconds and leans on the widening.
+        hold: keep GPUs idle for a wide request that is in front but lacks some.
+        give_up: a request that cannot be on time any more leaves the schedule.
+    """
+
+    order: Order = by_deadline
+    single_degree: bool = False
+    hold: bool = False
+    give_up: bool = True
+
+
 Segment = tuple[float, float, Run, str, GpuSet, int]
 """Start, end, request, kind, GPUs, steps: an `Entry` in the making; a look-ahead throws most of them away."""
 
@@ -147,9 +169,3 @@ class Schedule:
             (job.deadline_s - end_s) / max(job.deadline_s - job.arrival_s, EPSILON_S) for end_s, job in ends
         ]
         return min(shares, default=0.0)
-
-
-def urgency(run: Run) -> tuple[float, int, float, str]:
-    """Earliest deadline first; ties by priority, then arrival."""
-    job = run.open.job
-    return (job.deadline_s, -job.priority, job.arrival_s, job.id)

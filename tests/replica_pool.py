@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from solver.placement import aligned_sets
+from solver.placement import group_sets
 
 
 def _serve(gpu: int, n_gpus: int, port: int, folders: dict[str, Path], text_tokens: int, pipe: Any) -> None:
@@ -23,7 +23,7 @@ def _serve(gpu: int, n_gpus: int, port: int, folders: dict[str, Path], text_toke
     device = torch.device("cpu")
     groups = GroupTable(gpu, device)
     groups.join(0, port)
-    groups.warm(0, aligned_sets(n_gpus))
+    groups.warm(0, group_sets(n_gpus))
     engines = {
         name: Engine(
             load_model(

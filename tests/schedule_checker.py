@@ -20,7 +20,11 @@ class Chain:
 
 
 def is_allowed_set(gpus: Sequence[int], n_gpus: int) -> bool:
-    """Consecutive GPUs at the start or the end of a buddy block of the next power of two, clipped."""
+    """Consecutive GPUs at the start or the end of a block of the next power of two, clipped; fours on a node of
+    at most 8 GPUs: two aligned pairs."""
+    if len(gpus) == 4 and n_gpus <= 8:
+        a, b, c, d = gpus
+        return a % 2 == 0 and b == a + 1 and c % 2 == 0 and d == c + 1 and b < c and a >= 0 and d < n_gpus
     first, last, width = gpus[0], gpus[-1], len(gpus)
     if list(gpus) != list(range(first, last + 1)) or first < 0 or last >= n_gpus:
         return False

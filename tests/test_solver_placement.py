@@ -9,24 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_checker import is_allowed_set
 
-from solver.placement import aligned_sets, blocks_of, choose, earliest, gpu_sets, mask_of, sets_of
+from solver.placement import blocks_of, choose, earliest, gpu_sets, group_sets, mask_of, sets_of
 
 
 def test_sets_of_a_full_node() -> None:
     assert gpu_sets(8, 2) == ((0, 1), (2, 3), (4, 5), (6, 7))
-    assert gpu_sets(8, 4) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    fours = gpu_sets(8, 4)
+    assert fours[0] == (0, 1, 2, 3) and (0, 1, 6, 7) in fours and len(fours) == 6
+    assert gpu_sets(16, 4) == ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15))
     assert gpu_sets(8, 3) == ((0, 1, 2), (1, 2, 3), (4, 5, 6), (5, 6, 7))
     assert gpu_sets(8, 6) == ((0, 1, 2, 3, 4, 5), (2, 3, 4, 5, 6, 7))
     assert gpu_sets(8, 16) == ()
-    assert len(aligned_sets(8)) == 7
+    assert len(group_sets(8)) == 11
 
 
 def test_sets_of_an_odd_node() -> None:
-    assert gpu_sets(6, 4) == ((0, 1, 2, 3),)
+    assert gpu_sets(6, 4) == ((0, 1, 2, 3), (0, 1, 4, 5), (2, 3, 4, 5))
     assert gpu_sets(6, 6) == ((0, 1, 2, 3, 4, 5),)
     assert gpu_sets(3, 3) == ((0, 1, 2),)
-    assert aligned_sets(6) == ((0, 1), (2, 3), (4, 5), (0, 1, 2, 3))
-    assert aligned_sets(1) == ()
+    assert group_sets(5) == ((0, 1), (2, 3), (0, 1, 2, 3))
+    assert group_sets(1) == ()
     with pytest.raises(ValueError, match="at least 1"):
         gpu_sets(8, 0)
 
@@ -40,7 +42,7 @@ def test_sets_are_allowed_and_exist_when_they_fit(n_gpus: int, degree: int) -> N
 
 
 @given(st.permutations([4, 2, 1, 1]), st.integers(0, 255))
-def test_aligned_widths_fit_by_place_when_they_fit_by_count(widths: list[int], previous: int) -> None:
+def test_power_of_two_widths_fit_by_place_when_they_fit_by_count(widths: list[int], previous: int) -> None:
     idle = 255
     for width in sorted(widths, reverse=True):
         taken = choose(sets_of(8, width), idle, previous)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from schedule_checker import packing_violations
 
 from solver import ilp, selection
-from solver.board import STARVING_AFTER_S, Board, OpenJob
+from solver.board import Board, OpenJob
 from solver.ilp import IlpPolicy
 from solver.knapsack import Option, group_knapsack, options, steps_in_round
 from solver.policies import POLICIES, make_policy
@@ -212,7 +212,7 @@ def test_late_requests_run_on_idle_gpus_without_delaying_others() -> None:
 
 
 def test_starving_request_goes_first() -> None:
-    now_s = 2 * STARVING_AFTER_S
+    now_s = 120.0
     busy = [
         job(f"b{i}", 28, MEDIUM, now_s + 4.5, arrival_s=now_s, ready_s=now_s, slo_s=4.5) for i in range(8)
     ]

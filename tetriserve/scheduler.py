@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot
+from tetriserve.load import RecentLoad
 
 EPSILON_S = 1e-9
 QUEUE_DEPTH = 2
@@ -134,6 +135,7 @@ class RoundScheduler:
         self._min_round_s = min_round_s
         self._boundary_s = -math.inf
         self._seq = 0
+        self._load = RecentLoad()
         self._open: dict[str, _Open] = {}
         self._running: dict[int, Assignment] = {}
         self._began_s: dict[int, float] = {}
@@ -163,6 +165,7 @@ class RoundScheduler:
         self._open[request_id] = _Open(
             request_id, now_s, deadline_s, tuple(phases), priority, drop_late, ready_s=now_s
         )
+        self._load.arrived(phases, deadline_s - now_s, now_s)
 
     def finished(self, seq: int, now_s: float) -> bool:
         """A step range was reported done. True when it was the last one of its request, which then leaves."""
@@ -241,6 +244,7 @@ class RoundScheduler:
             free_at_s=tuple(self._free_at_s),
             jobs=jobs,
             next_boundary_s=self._boundary_s,
+            expected=self._load.expected(now_s),
         )
 
     def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
