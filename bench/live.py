@@ -21,6 +21,7 @@ import yaml
 from server import running_server
 from tqdm import tqdm
 
+from deployments.config import AppArgs, SchedulerArgs
 from tetriserve.metrics import result_of
 from tetriserve.profile import Profile
 from tetriserve.replay import replay
@@ -30,7 +31,6 @@ from tetriserve.workload import SloRule, Workload, parse_shapes
 
 CONFIG = Path("cluster_configs/cpu_local.yaml")
 POLICIES = ("ilp", "dp", "edf", "rssp", "sp1", "sp2")
-PLAN_LIMIT_S = 0.05
 
 
 def main() -> None:
@@ -49,6 +49,7 @@ def main() -> None:
 
     config = yaml.safe_load(CONFIG.read_text())
     args = config["applications"][0]["args"]
+    scheduler = AppArgs.parse(args).scheduler
     n_gpus = args["cell"]["gpus"]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -81,16 +82,25 @@ def main() -> None:
                     "policy": policy,
                     "seed": seed,
                     "live": result_of(policy, n_gpus, live.outcomes, live.schedule, live.plan_ms)["summary"],
-                    "simulated": simulated(trace, profile, policy, n_gpus),
+                    "simulated": simulated(trace, profile, policy, n_gpus, scheduler),
                     "errors": live.errors,
                 }
             )
             write_report(options.out, rows, options)
 
 
-def simulated(trace: list[TraceRequest], profile: Profile, policy: str, n_gpus: int) -> dict[str, Any]:
-    """The summary of the same trace in the simulator."""
-    done = simulate(trace, profile, named_policy(policy, n_gpus, PLAN_LIMIT_S), n_gpus)
+def simulated(
+    trace: list[TraceRequest], profile: Profile, policy: str, n_gpus: int, scheduler: SchedulerArgs
+) -> dict[str, Any]:
+    """The summary of the same trace in the simulator, under the scheduler settings of the server."""
+    done = simulate(
+        trace,
+        profile,
+        named_policy(policy, n_gpus, scheduler.solver_time_limit_s),
+        n_gpus,
+        min_round_s=scheduler.min_round_s,
+        lead_s=scheduler.lead_s,
+    )
     summary: dict[str, Any] = result_of(policy, n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
     return summary
 

@@ -146,6 +146,8 @@ def simulate(
     n_gpus: int,
     *,
     round_s: float | None = None,
+    min_round_s: float = 0.0,
+    lead_s: float = 0.0,
     disturbance: Disturbance | None = None,
     on_settled: Callable[[], object] = lambda: None,
 ) -> Simulation:
@@ -153,7 +155,7 @@ def simulate(
 
     Args:
         trace: in order of arrival.
-        round_s: fixed round length; None follows `policy.round_steps`.
+        round_s, min_round_s, lead_s: as in `RoundScheduler`.
         on_settled: called whenever a request is finished or dropped.
 
     Raises:
@@ -161,7 +163,7 @@ def simulate(
         TetriserveError: the policy leaves requests waiting on idle GPUs for ever.
     """
     chains = {request.id: request.chain(profile, n_gpus) for request in trace}
-    scheduler = RoundScheduler(policy, n_gpus, round_s=round_s)
+    scheduler = RoundScheduler(policy, n_gpus, round_s=round_s, min_round_s=min_round_s, lead_s=lead_s)
     machine = _Machine(n_gpus, disturbance or Disturbance())
     done = Simulation()
     finish_s: dict[str, float] = {}
