@@ -62,12 +62,14 @@ class Bound:
         on_time: at most so many requests can be on time.
         found: so many are in the best point of the model that was found; below `on_time` if time ran out.
         gpu_seconds: no schedule with `found` or more on time spends less on those.
+        chosen: the requests that are on time in that point.
     """
 
     requests: int
     on_time: int
     found: int
     gpu_seconds: float
+    chosen: tuple[Known, ...] = ()
 
     @property
     def slo_attainment(self) -> float:
@@ -98,6 +100,7 @@ def clairvoyant_bound(
     end_s = time.perf_counter() + time_limit_s
     on_time = found = 0
     gpu_seconds = 0.0
+    chosen: list[Known] = []
     for index, group in enumerate(groups):
         # the small ones go first and leave most of their share to the large
         left_s = max(end_s - time.perf_counter(), 0.05) / (len(groups) - index)
@@ -105,8 +108,9 @@ def clairvoyant_bound(
         bound, best = model.most_on_time(left_s / 2)
         on_time, found = on_time + bound, found + best
         gpu_seconds += model.least_gpu_seconds(best, left_s / 2)
+        chosen += [request for request, is_on_time in zip(group, model.on_time, strict=True) if is_on_time]
         on_solved(len(group))
-    return Bound(len(requests), on_time, found, gpu_seconds)
+    return Bound(len(requests), on_time, found, gpu_seconds, tuple(chosen))
 
 
 def independent_groups(requests: Sequence[Known]) -> list[list[Known]]:
@@ -155,9 +159,14 @@ def _inside(edges: Sequence[float], span: tuple[float, float]) -> int:
 
 
 class _Model:
-    """The MILP of one group."""
+    """The MILP of one group.
+
+    Attributes:
+        on_time: who is on time in the last point found.
+    """
 
     def __init__(self, requests: Sequence[Known], n_gpus: int) -> None:
+        self.on_time = [False] * len(requests)
         self._on_time = [pulp.LpVariable(f"z{i}", cat=pulp.LpBinary) for i in range(len(requests))]
         self._rows: list[pulp.LpConstraint] = []
         gpu_seconds: list[tuple[pulp.LpVariable, float]] = []
@@ -219,5 +228,7 @@ class _Model:
             problem += row
         solver = pulp.HiGHS(msg=False, timeLimit=time_limit_s, threads=1, gapAbs=gap)
         found = problem.solve(solver) == pulp.LpStatusOptimal
+        if found:
+            self.on_time = [z.varValue > 0.5 for z in self._on_time]
         dual = problem.solverModel.getInfo().mip_dual_bound + objective.constant
         return dual, float(pulp.value(objective)) if found else None

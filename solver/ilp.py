@@ -28,7 +28,6 @@ RULES = (
     Rule(by_work, single_degree=True),
 )
 """Variants of the exact completion, best first; all are tried while the clock allows."""
-MAX_CUTS = 1
 MAX_DROPS = 3
 SAFE_SHARE = 0.2
 """Slack at the end, as a share of the budget, beyond which a plan counts as safe."""
@@ -139,20 +138,14 @@ class IlpPolicy:
         return Packing(entries, frozenset(run.open.job.id for run in set_aside), search.info)
 
     def _improve(self, search: _Search, jobs: Sequence[OpenJob], demands: Sequence[Demand]) -> None:
-        """Set requests aside as the ILP says, cut by cut; then one by one by hand."""
-        cuts: list[frozenset[int]] = []
+        """Set requests aside as the ILP says; then one by one, as far as whole steps show that it asks too much."""
         served, schedule = list(range(len(jobs))), search.best
-        while len(cuts) < MAX_CUTS and not search.is_over():
-            selection = select(demands, search.board.capacity, cuts=cuts, time_limit_s=search.left_s)
+        if not search.is_over():
+            selection = select(demands, search.board.capacity, time_limit_s=search.left_s)
             search.info["ilps"] += 1
-            if selection is None:
-                break
-            served = sorted(selection.chosen)
-            schedule = search.complete(jobs, served, RULES)
-            if not schedule.missed:
-                return
-            first_s = schedule.missed[0].open.job.deadline_s
-            cuts.append(frozenset(i for i in served if demands[i].deadline_s <= first_s))
+            if selection is not None:
+                served = sorted(selection.chosen)
+                schedule = search.complete(jobs, served, RULES)
         for _ in range(MAX_DROPS):
             if schedule is None or not schedule.missed or search.is_over():
                 return

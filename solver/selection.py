@@ -2,7 +2,6 @@
 
     maximise    sum_i w_i z_i
     subject to  sum over d_i <= d of c_i z_i  <=  capacity(d)      for the watched deadlines d
-                sum over i in C of z_i        <=  |C| - 1          for every cut C
                 z_i in {0, 1}
 
 c_i is the cost in GPU-seconds of the cheapest mix that fits the deadline. The dearer candidate mixes of
@@ -80,36 +79,31 @@ def watched_deadlines(demands: Sequence[Demand]) -> list[float]:
     return [distinct[(i + 1) * len(distinct) // MAX_DEADLINES - 1] for i in range(MAX_DEADLINES)]
 
 
-def _rows(
-    demands: Sequence[Demand], capacity: Callable[[float], float], cuts: Sequence[Collection[int]]
-) -> list[Row]:
-    """Coefficients by request and the upper bound: a row per watched deadline, a row per cut."""
-    rows: list[Row] = [
+def _rows(demands: Sequence[Demand], capacity: Callable[[float], float]) -> list[Row]:
+    """Coefficients by request and the upper bound: a row per watched deadline."""
+    return [
         (
             {i: d.gpu_seconds for i, d in enumerate(demands) if d.deadline_s <= deadline_s},
             max(0.0, capacity(deadline_s)),
         )
         for deadline_s in watched_deadlines(demands)
     ]
-    return rows + [(dict.fromkeys(cut, 1.0), len(cut) - 1.0) for cut in cuts]
 
 
 def select(
     demands: Sequence[Demand],
     capacity: Callable[[float], float],
     *,
-    cuts: Sequence[Collection[int]] = (),
     time_limit_s: float = 0.05,
 ) -> Selection | None:
     """The best selection, or the best found within the limit; None when the solver brought none.
 
     Args:
         capacity: GPU-seconds free between now and a deadline.
-        cuts: sets of indices that cannot all be on time.
     """
     stop_s = time.perf_counter() + time_limit_s
     worth = weights(demands)
-    rows = _rows(demands, capacity, cuts)
+    rows = _rows(demands, capacity)
     chosen = _beside(worth, rows, stop_s)
     if chosen is None or not _fits(rows, chosen):
         return None
