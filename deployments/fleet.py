@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
 from deployments.replica import THREADS, GPUReplica
-from solver.placement import group_sets, gpu_sets
+from solver.placement import gpu_sets, group_sets
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import ModelInfo, Shape
