@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import uuid
+import logging
+import os
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import ray
+from ray.exceptions import RayActorError
 
 from deployments.config import AppArgs
 from deployments.scheduler import create_scheduler
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
+
+logger = logging.getLogger("ray.serve")
 
 STATUS_TIMEOUT_S = 1.0
 
@@ -30,31 +33,29 @@ class Cell:
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """`GenerateResult` whose `image` is an object reference to uint8 [height, width, 3]."""
-        request_id = request.request_id or uuid.uuid4().hex
         try:
-            return await self._scheduler.generate.remote(replace(request, request_id=request_id))
+            return await self._scheduler.generate.remote(request)
         except asyncio.CancelledError:
-            self._give_up(request_id)
+            self._give_up(request)
             raise
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
         """`Progress` after every committed step range, then the `GenerateResult`."""
-        request_id = request.request_id or uuid.uuid4().hex
         call = self._scheduler.stream.options(num_returns="streaming")
         finished = False
         try:
-            async for item in call.remote(replace(request, request_id=request_id)):
+            async for item in call.remote(request):
                 value = await item
                 finished = isinstance(value, GenerateResult)
                 yield value
         finally:
             if not finished:
-                self._give_up(request_id)
+                self._give_up(request)
 
-    def _give_up(self, request_id: str) -> None:
+    def _give_up(self, request: GenerateRequest) -> None:
         # Ray cancels whatever a cancelled task has submitted, this call too: make it outside the task's context
         loop = asyncio.get_running_loop()
-        loop.call_soon(self._scheduler.cancel.remote, request_id, context=contextvars.Context())
+        loop.call_soon(self._scheduler.cancel.remote, request.request_id, context=contextvars.Context())
 
     async def model_info(self) -> ModelInfo:
         return await self._scheduler.model_info.remote()
@@ -65,4 +66,9 @@ class Cell:
 
     async def check_health(self) -> None:
         """Serve calls this; it fails when steps stop advancing, not only when a process is dead."""
-        await self._scheduler.check_health.remote()
+        try:
+            await self._scheduler.check_health.remote()
+        except RayActorError:
+            # a failed check is repeated before Serve acts on it, a dead replica is replaced at once
+            logger.error("the scheduler is gone: this cell ends")
+            os._exit(1)

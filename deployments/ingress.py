@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import io
+import itertools
 import logging
+import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -35,6 +40,7 @@ from deployments.api import (
 from deployments.config import AppArgs
 from tetriserve import __version__
 from tetriserve.errors import (
+    CellLost,
     GenerationFailed,
     InvalidRequest,
     ModelNotFound,
@@ -51,6 +57,13 @@ STATUS_TIMEOUT_S = 2.0
 
 STATUS_AGE_S = 1.0
 """How old the list of answering cells may be when a request is let in."""
+
+CELL_RETURN_S = 900.0
+"""How long an accepted request waits for a cell to come back; it has to load the weights again."""
+CELL_POLL_S = 0.5
+RESUBMIT_PAUSE_S = 0.5
+MAX_RESUBMISSIONS = 5
+"""A request that took so many cells with it is not given another."""
 
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
@@ -78,27 +91,73 @@ class Ingress:
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Make one picture. Raises the errors of `tetriserve.errors`; cancelling this frees the GPUs."""
-        response = self._cell.generate.remote(await self._admit(request))
+        (result,) = [item async for item in self._submit(request, self._once)]
+        assert isinstance(result, GenerateResult)
+        return result
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
+        """Like `generate`, but yields `Progress` items on the way; the last item is the result.
+
+        When a cell is lost on the way, another one starts the request anew and progress falls back.
+        """
+        async with aclosing(self._submit(request, self._streamed)) as items:
+            async for item in items:
+                yield item
+
+    async def _submit(
+        self,
+        request: GenerateRequest,
+        submit: Callable[[GenerateRequest], AsyncGenerator[Progress | GenerateResult, None]],
+    ) -> AsyncGenerator[Progress | GenerateResult, None]:
+        """What the cell says about a request. Once accepted it is submitted again, with the same id, seed and
+        deadline, while the cells that work on it are lost."""
+        request = await self._admit(request)
+        arrived_s = time.monotonic()
+        for attempt in itertools.count():
+            waited_s = time.monotonic() - arrived_s
+            try:
+                async with aclosing(submit(dataclasses.replace(request, waited_s=waited_s))) as items:
+                    async for item in items:
+                        yield item
+                return
+            except Exception as error:
+                # a cell that is still starting turns away what was accepted before
+                lost = _is_lost(error) or (attempt and isinstance(as_tetriserve_error(error), Overloaded))
+                if not lost or attempt == MAX_RESUBMISSIONS:
+                    raise _translate(error) from error
+                logger.warning("request %s lost its cell (%s), trying again", request.request_id, error)
+            await asyncio.sleep(
+                RESUBMIT_PAUSE_S * 2**attempt
+            )  # the router may not know yet which cell is dead
+            await self._wait_for_a_cell()
+
+    async def _once(self, request: GenerateRequest) -> AsyncGenerator[Progress | GenerateResult, None]:
+        response = self._cell.generate.remote(request)
         try:
             result: GenerateResult = await response
-            return await _with_image(result)
+            yield await _with_image(result)
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except Exception as error:
-            raise _translate(error) from error
 
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
-        """Like `generate`, but yields `Progress` items on the way; the last item is the result."""
-        response: Any = self._cell.options(stream=True).stream.remote(await self._admit(request))
+    async def _streamed(self, request: GenerateRequest) -> AsyncGenerator[Progress | GenerateResult, None]:
+        response: Any = self._cell.options(stream=True).stream.remote(request)
         try:
             async for item in response:
                 yield await _with_image(item) if isinstance(item, GenerateResult) else item
         except (asyncio.CancelledError, GeneratorExit):
             response.cancel()
             raise
-        except Exception as error:
-            raise _translate(error) from error
+
+    async def _wait_for_a_cell(self) -> None:
+        """Until Ray Serve has a cell that can run steps again. Raises `NotReady` when that takes too long."""
+        end_s = time.monotonic() + CELL_RETURN_S
+        while time.monotonic() < end_s:
+            with contextlib.suppress(TetriserveError):
+                if any(status.ready for status in await self.statuses()):
+                    return
+            await asyncio.sleep(CELL_POLL_S)
+        raise NotReady(f"no cell came back within {CELL_RETURN_S:g} s")
 
     # -- what the cells say about themselves ---------------------------------------------------------------
 
@@ -147,7 +206,13 @@ class Ingress:
             if not any(status.ready for status in statuses):
                 raise NotReady(_why_not_ready(statuses))
             self._checked_s = time.monotonic()
-        return dataclasses.replace(request, model=info.name)
+        return dataclasses.replace(
+            request,
+            model=info.name,
+            request_id=request.request_id or uuid.uuid4().hex,
+            seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
+            waited_s=0.0,
+        )
 
     async def _model_named(self, name: str | None) -> ModelInfo:
         info = await self.model_info()
@@ -285,6 +350,12 @@ async def _with_image(result: GenerateResult) -> GenerateResult:
     if isinstance(result.image, ray.ObjectRef):
         return dataclasses.replace(result, image=await result.image)
     return result
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether a cell, its scheduler or a picture on its way was lost, rather than the request refused."""
+    causes = (error, getattr(error, "cause", None))
+    return any(isinstance(one, RayActorError | ObjectLostError | CellLost) for one in causes)
 
 
 def _translate(error: Exception) -> TetriserveError:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
-import uuid
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,7 @@ from solver.policies import make_policy
 from solver.problem import Packing, Phase, Snapshot
 from tetriserve.engine.report import Report
 from tetriserve.errors import (
+    CellLost,
     DeadlineInfeasible,
     GenerationFailed,
     InvalidRequest,
@@ -156,14 +155,11 @@ class Scheduler:
         if request.model not in (None, "default", self._info.name):
             raise InvalidRequest("model", f"{request.model!r} is not served, allowed is {self._info.name!r}")
         self._info.check(request)
-        request = replace(
-            request,
-            request_id=request.request_id or uuid.uuid4().hex,
-            num_inference_steps=request.num_inference_steps or self._info.default_steps,
-            seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
-        )
         request_id = request.request_id
-        assert request_id is not None
+        assert request_id is not None and request.seed is not None, "the ingress fills these in"
+        request = replace(
+            request, num_inference_steps=request.num_inference_steps or self._info.default_steps
+        )
         if request_id in self._entries:
             raise InvalidRequest("request_id", f"{request_id!r} is already open")
         phases = self._phases(request)
@@ -171,12 +167,13 @@ class Scheduler:
         if slo_s is None and self._args.scheduler.default_slo_scale is not None:
             alone_s = sum(phase.steps * phase.fastest_step_s for phase in phases)
             slo_s = self._args.scheduler.default_slo_scale * alone_s
-        entry = Entry(request_id, request, now_s, slo_s, asyncio.get_running_loop().create_future())
+        arrival_s = now_s - request.waited_s
+        entry = Entry(request_id, request, arrival_s, slo_s, asyncio.get_running_loop().create_future())
         self._rounds.arrived(
             request_id,
             phases,
             now_s,
-            float("inf") if slo_s is None else now_s + slo_s,
+            float("inf") if slo_s is None else arrival_s + slo_s,
             priority=request.priority,
             drop_late=request.drop_late,
         )
@@ -383,13 +380,13 @@ class Scheduler:
         self._wake.set()
 
     def _fail_cell(self, reason: str) -> None:
-        """The cell cannot go on: every open request ends with the reason; Serve replaces the cell."""
+        """The cell cannot go on: every open request goes back to the ingress; Serve replaces the cell."""
         if not self._failure:
             logger.error("the cell failed: %s", reason)
             self._failure = reason
             self._wake.set()
         for entry in list(self._entries.values()):
-            self._end(entry, GenerationFailed(f"the cell failed: {reason}"))
+            self._end(entry, CellLost(f"the cell failed: {reason}"))
 
     # ---- health -------------------------------------------------------------------------------------------
 
@@ -406,7 +403,7 @@ class Scheduler:
     async def _watch(self, now_s: float) -> None:
         cell, running = self._args.cell, self._rounds.running
         if not running:
-            waiting = [now_s - entry.arrival_s for entry in self._entries.values()]
+            waiting = [now_s - entry.arrival_s - entry.request.waited_s for entry in self._entries.values()]
             idle_s = min([now_s - max(self._last_report_s), *waiting])
             if waiting and not self._lost and idle_s > cell.step_timeout_floor_s:
                 self._fail_cell(f"nothing was planned for {idle_s:.0f} s while requests wait")

@@ -27,7 +27,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api import ImageRequest
 from deployments.config import AppArgs
-from deployments.ingress import Ingress, build_http
+from deployments.ingress import MAX_RESUBMISSIONS, Ingress, build_http
 from tetriserve import errors
 from tetriserve.request import (
     CellStatus,
@@ -88,6 +88,7 @@ class Cell:
     def __init__(self, *statuses: CellStatus, error: BaseException | None = None, delay_s: float = 0) -> None:
         self.statuses = list(statuses or [READY])
         self.error = error
+        self.losses: list[Exception] = []
         self.delay_s = delay_s
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[str | None] = []
@@ -137,6 +138,8 @@ class Cell:
     async def _generate(self, request: GenerateRequest) -> GenerateResult:
         self.requests.append(request)
         INFO.check(request)
+        if self.losses:
+            raise self.losses.pop(0)
         slow = self.delay_s * len(self.requests)
         await asyncio.sleep(slow)
         if self.error is not None and len(self.requests) > 1 - (self.delay_s == 0):
@@ -224,7 +227,7 @@ def test_no_deadline_is_reported_as_null() -> None:
     metrics = post(**PICTURE).json()["metrics"]
     assert metrics["slo_s"] is None
     assert metrics["slo_met"] is None
-    assert metrics["seed"] == 7
+    assert 0 <= metrics["seed"] < 1 << 31
 
 
 @pytest.mark.parametrize(
@@ -472,13 +475,45 @@ def test_errors_of_the_cell(
     [
         (BackPressureError(9, 8), 503, "queue_full"),
         (DeploymentUnavailableError(None), 503, "not_ready"),
-        (ActorDiedError(), 500, "generation_failed"),
         (by_ray(ValueError("boom")), 500, "generation_failed"),
         (asyncio.CancelledError(), 500, "generation_failed"),
     ],
 )
 def test_errors_of_ray(error: BaseException, status: int, code: str) -> None:
     check_error(post(Cell(error=error), **PICTURE), status, code)
+
+
+def test_an_accepted_request_outlives_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cell dies, the next one is still starting, then its scheduler fails: the fourth answers."""
+    monkeypatch.setattr("deployments.ingress.RESUBMIT_PAUSE_S", 0.01)
+    cell = Cell()
+    cell.losses = [
+        ActorDiedError(),
+        by_ray(errors.NotReady("starting")),
+        by_ray(errors.CellLost("no GPU is left")),
+    ]
+    assert post(cell, **PICTURE).status_code == 200
+    assert len({(request.request_id, request.seed) for request in cell.requests}) == 1
+    assert cell.requests[0].seed is not None
+    waited_s = [request.waited_s for request in cell.requests]
+    assert len(waited_s) == 4 and waited_s == sorted(set(waited_s))
+
+    cell.losses = [errors.NotReady("starting")]  # never accepted: the client is told
+    check_error(post(cell, **PICTURE), 503, "not_ready")
+
+    async def streamed() -> list[Any]:
+        request = GenerateRequest(prompt="x", height=64, width=64)
+        return [type(item) async for item in ingress(cell).stream(request)]
+
+    cell.losses = [ActorDiedError()]
+    assert asyncio.run(streamed()) == [Progress, Progress, GenerateResult]
+
+
+def test_a_request_that_takes_every_cell_with_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.ingress.RESUBMIT_PAUSE_S", 0.001)
+    cell = Cell(error=ActorDiedError())
+    check_error(post(cell, **PICTURE), 500, "generation_failed")
+    assert len(cell.requests) == 1 + MAX_RESUBMISSIONS
 
 
 def test_health() -> None:

@@ -61,6 +61,14 @@ class Server:
             if "ray::GPUReplica" in " ".join(process.cmdline())
         ]
 
+    def scheduler(self) -> psutil.Process:
+        (found,) = (
+            process
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if "ray::Scheduler" in " ".join(process.cmdline())
+        )
+        return found
+
     def health(self) -> dict[str, Any]:
         return httpx.get(f"{self.url}/health", timeout=10).json()
 
@@ -316,6 +324,28 @@ def test_a_broken_replica_is_replaced_and_its_requests_go_on(server: Server, blo
         difference = pixels(alone["data"][0]).astype(int) - pixels(response.json()["data"][0]).astype(int)
         assert np.abs(difference).max() <= 1
     assert {gpu for part in alone["metrics"]["schedule"] for gpu in part["gpus"]} <= {0, 1}
+
+
+def test_a_dead_scheduler_loses_no_request(server: Server) -> None:
+    """Ten requests in flight: all of them end with the picture they would have had anyway, timed from arrival."""
+    load = [body("512x512", seed) for seed in range(8)] + [body("1024x1024", seed) for seed in range(2)]
+
+    async def in_flight() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=150) as client:
+            tasks = [asyncio.create_task(client.post("/v1/images/generations", json=item)) for item in load]
+            await asyncio.sleep(1.0)
+            server.scheduler().kill()
+            return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(in_flight())
+    assert [answer.status_code for answer in answers] == [200] * len(load), [a.text[:200] for a in answers]
+    for item, answer in list(zip(load, answers, strict=True))[::4]:
+        alone = httpx.post(f"{server.url}/v1/images/generations", json=item, timeout=60).json()
+        difference = pixels(alone["data"][0]).astype(int) - pixels(answer.json()["data"][0]).astype(int)
+        assert np.abs(difference).max() <= 1
+    last = answers[-1].json()["metrics"]
+    assert last["stage_durations"]["queue"] > 1.0  # the time with the first scheduler counts
+    assert len(server.replicas()) == 2
 
 
 def wait_until(condition: Any, seconds: float = 20) -> None:

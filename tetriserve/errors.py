@@ -52,7 +52,7 @@ class NotReady(Overloaded):
 
 
 class DeadlineInfeasible(TetriserveError):
-    """`drop_late` was asked and the deadline can no longer be met (HTTP 503)."""
+    """The deadline cannot be met, and `drop_late` or `reject_infeasible` was asked (HTTP 503)."""
 
     code = "deadline_infeasible"
 
@@ -61,6 +61,10 @@ class GenerationFailed(TetriserveError):
     """The request was accepted but could not be finished; the message says why (HTTP 500)."""
 
     code = "generation_failed"
+
+
+class CellLost(GenerationFailed):
+    """The cell failed under an accepted request, which is no fault of the request: it is submitted again."""
 
 
 class ConfigError(TetriserveError):

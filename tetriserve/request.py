@@ -48,6 +48,7 @@ class GenerateRequest:
         drop_late: end with `DeadlineInfeasible` instead of finishing late.
         priority: tie-break between requests with equal deadlines, larger first.
         request_id: made by the server when None; must be unique among open requests.
+        waited_s: seconds since it arrived, when a cell was lost and it is submitted again; filled in by the server.
     """
 
     prompt: str
@@ -64,6 +65,7 @@ class GenerateRequest:
     model: str | None = None
     request_id: str | None = None
     user: str | None = None
+    waited_s: float = 0.0
 
     @property
     def shape(self) -> Shape:
