@@ -36,6 +36,7 @@ QUALITIES = {"default": 75, "low": 35, "medium": 55, "high": 90, "maximum": 100}
 ANYWHERE = (
     "slo_ms",
     "drop_late",
+    "reject_infeasible",
     "priority",
     "num_steps",
     "runtime_v2_arrival_ms",
@@ -55,6 +56,18 @@ def _no_boolean(value: Any) -> Any:
 Integer = Annotated[int, BeforeValidator(_no_boolean), Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
+
+
+COPIED = (
+    "model",
+    "negative_prompt",
+    "guidance_scale",
+    "true_cfg_scale",
+    "user",
+    "drop_late",
+    "reject_infeasible",
+)
+"""Fields that mean the same in a `GenerateRequest`."""
 
 
 class ImageRequest(BaseModel):
@@ -87,6 +100,9 @@ class ImageRequest(BaseModel):
     user: str | None = None
     slo_ms: Positive | None = Field(None, description="Deadline, milliseconds from arrival.")
     drop_late: bool = Field(False, description="End with an error once the deadline cannot be met.")
+    reject_infeasible: bool | None = Field(
+        None, description="Answer 503 at once if the first plan misses the deadline; null: as configured."
+    )
     priority: Integer | None = Field(None, description="Tie-break, larger first.")
     runtime_v2_arrival_ms: Number | None = None
     runtime_v2_deadline_ms: Number | None = None
@@ -145,7 +161,7 @@ class ImageRequest(BaseModel):
             "priority": self.runtime_v2_priority if self.priority is None else self.priority,
             "slo_s": self._slo_s(),
         }
-        for name in ("model", "negative_prompt", "guidance_scale", "true_cfg_scale", "user", "drop_late"):
+        for name in COPIED:
             fields[name] = getattr(self, name)
         fields = _present(fields)
         if self.size is not None:

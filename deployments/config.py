@@ -103,6 +103,9 @@ class SchedulerArgs(_Section):
         description="A decision takes no longer; the fallback plan is used after twice this. Keep it below lead_s.",
     )
     max_open_requests: int = Field(256, ge=1, description="More are answered 503 with Retry-After.")
+    reject_infeasible: bool = Field(
+        False, description="Answer 503 at once to a request that the first plan cannot have on time."
+    )
     default_slo_scale: float | None = Field(
         3.0, gt=0, description="Deadline of requests without one, times the stand-alone time; null: none."
     )

@@ -176,6 +176,7 @@ class Scheduler:
             float("inf") if slo_s is None else arrival_s + slo_s,
             priority=request.priority,
             drop_late=request.drop_late,
+            reject_infeasible=self._rejects(request),
         )
         self._entries[request_id] = entry
         self._wake.set()
@@ -230,20 +231,31 @@ class Scheduler:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), None if delay_s == float("inf") else delay_s)
             self._wake.clear()
-            for request_id in self._rounds.expired(time.monotonic()):
-                self._end(
-                    self._entries[request_id],
-                    DeadlineInfeasible(f"request {request_id} can no longer meet its deadline (drop_late)"),
-                )
+            self._turn_away(
+                self._rounds.expired(time.monotonic()), "can no longer meet its deadline (drop_late)"
+            )
             if not self._rounds.is_due(time.monotonic()):
                 continue
             snapshot = self._rounds.snapshot(time.monotonic())
             if snapshot.jobs:
                 packing = await self._pack(snapshot)
+                self._turn_away(
+                    self._rounds.infeasible(snapshot, packing), "cannot meet its deadline (reject_infeasible)"
+                )
                 plan = self._rounds.commit(snapshot, packing, time.monotonic())
                 self._plan_s.append(time.monotonic() - snapshot.now_s)
                 for assignment in plan.assignments:
                     self._dispatch(assignment)
+
+    def _rejects(self, request: GenerateRequest) -> bool:
+        if request.waited_s:  # it was accepted once
+            return False
+        asked = request.reject_infeasible
+        return self._args.scheduler.reject_infeasible if asked is None else asked
+
+    def _turn_away(self, request_ids: list[str], why: str) -> None:
+        for request_id in request_ids:
+            self._end(self._entries[request_id], DeadlineInfeasible(f"request {request_id} {why}"))
 
     async def _pack(self, snapshot: Snapshot) -> Packing:
         """Ask the policy in a thread; past the limit, or while it still hangs, take the fallback."""

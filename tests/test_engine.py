@@ -235,6 +235,20 @@ def test_state_is_checked(pool) -> None:
         pool.call((0,), model, "decode", journey.id)
 
 
+def test_latents_that_are_no_numbers_end_their_request_only(pool) -> None:
+    model, request = REQUESTS["square"]
+    _, conditioning, latents = pool.call((0,), model, "encode", "broken", request)[0]
+    array = latents.tensor.array.copy()
+    array.flat[7] = np.nan
+    broken = replace(latents, tensor=replace(latents.tensor, array=array))
+    with pytest.raises(RuntimeError, match="FloatingPointError: latents are not finite after step 1"):
+        pool.call((0, 1), model, "denoise", "broken", (0, 1), 0, 1, conditioning, broken)
+    pool.call((0, 1), model, "release", "broken")
+    journey = Journey(pool, model, request, gpu=0)
+    journey.run((0, 1), 2)
+    journey.finish(0)
+
+
 def test_measure_times_every_phase(pool) -> None:
     step_s, encode_s, decode_s = pool.call((2,), "sd3", "measure", Shape(128, 128), (2,), 1, 2)[0]
     assert min(step_s, encode_s, decode_s) > 0

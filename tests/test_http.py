@@ -296,6 +296,9 @@ def test_deadline_inputs(fields: dict[str, Any], slo_s: float | None) -> None:
 def test_other_keys_of_extra_args() -> None:
     request = sent(extra_args={"num_steps": 20, "runtime_v2_priority": 2, "drop_late": True})
     assert (request.num_inference_steps, request.priority, request.drop_late) == (20, 2, True)
+    assert sent().reject_infeasible is None  # the server's own setting
+    assert sent(extra_args={"reject_infeasible": True}).reject_infeasible is True
+    assert sent(reject_infeasible=False).reject_infeasible is False
     request = sent(num_inference_steps=10, priority=1, extra_args={"num_steps": 20, "runtime_v2_priority": 2})
     assert (request.num_inference_steps, request.priority) == (10, 1)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solver.policies import make_policy
 from solver.problem import Entry, Packing, Phase, Snapshot
 from tetriserve.scheduler import QUEUE_DEPTH, Assignment, RoundScheduler
 
@@ -261,6 +262,33 @@ def test_drop_late_is_reported_once_hopeless() -> None:
     scheduler.arrived("a", (Phase("denoise", 10, {1: 0.5}),), 0.0, deadline_s=6.0, drop_late=True)
     assert scheduler.expired(0.9) == []
     assert scheduler.expired(1.1) == ["a"]
+
+
+def test_reject_infeasible_is_judged_once_by_the_first_plan() -> None:
+    policy = make_policy("ilp", time_limit_s=5.0)
+    rounds = RoundScheduler(policy, 2)
+    steps = (Phase("denoise", 10, {1: 1.0, 2: 0.6}),)  # 6 s at best, 10 s on one GPU
+    rounds.arrived("first", steps, 0.0, 10.5, reject_infeasible=True)
+    rounds.arrived("second", steps, 0.0, 10.5, reject_infeasible=True)
+    rounds.arrived("too many", steps, 0.0, 11.0, reject_infeasible=True)
+    rounds.arrived("hopeless", steps, 0.0, 5.0, reject_infeasible=True)
+    rounds.arrived("patient", steps, 0.0, 5.0)
+    snapshot = rounds.snapshot(0.0)
+    packing = policy(snapshot)
+    rejected = rounds.infeasible(snapshot, packing)
+    assert len(rejected) == 2 and "hopeless" in rejected and "patient" not in rejected
+    assert rounds.infeasible(snapshot, packing) == []
+    for request_id in rejected:
+        rounds.cancelled(request_id)
+    plan = rounds.commit(snapshot, packing, 0.0)
+    assert {i for a in plan.assignments for i in a.request_ids}.isdisjoint(rejected)
+
+
+def test_a_plan_that_only_begins_a_request_rejects_nothing() -> None:
+    rounds = RoundScheduler(make_policy("dp"), 2)
+    rounds.arrived("a", (Phase("denoise", 10, {1: 1.0}),), 0.0, 30.0, reject_infeasible=True)
+    snapshot = rounds.snapshot(0.0)
+    assert rounds.infeasible(snapshot, rounds.policy(snapshot)) == []
 
 
 def test_refuses_what_cannot_be() -> None:

@@ -236,6 +236,17 @@ def test_openai_client_works_unchanged(server: Server) -> None:
         client.images.generate(prompt="a", size="500x500")
 
 
+def test_what_cannot_be_on_time_is_turned_away_when_asked(server: Server) -> None:
+    hopeless = body("1024x1024", 1, slo_ms=20)
+    answer = httpx.post(
+        f"{server.url}/v1/images/generations", json={**hopeless, "reject_infeasible": True}, timeout=60
+    )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "deadline_infeasible")
+    late = httpx.post(f"{server.url}/v1/images/generations", json=hopeless, timeout=60)
+    assert late.status_code == 200 and late.json()["metrics"]["slo_met"] is False
+    wait_until(lambda: server.health()["cells"][0]["open_requests"] == 0)
+
+
 HANDLE_CLIENT = """
 import asyncio, sys
 import ray

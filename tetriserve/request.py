@@ -46,6 +46,8 @@ class GenerateRequest:
         slo_s: seconds from arrival within which the caller wants the result; None for the server's default.
         seed: 0 <= seed < 2**63; drawn at random when None and reported back.
         drop_late: end with `DeadlineInfeasible` instead of finishing late.
+        reject_infeasible: end with `DeadlineInfeasible` at once if the first plan cannot have it on time; None for
+            the server's default.
         priority: tie-break between requests with equal deadlines, larger first.
         request_id: made by the server when None; must be unique among open requests.
         waited_s: seconds since it arrived, when a cell was lost and it is submitted again; filled in by the server.
@@ -61,6 +63,7 @@ class GenerateRequest:
     seed: int | None = None
     slo_s: float | None = None
     drop_late: bool = False
+    reject_infeasible: bool | None = None
     priority: int = 0
     model: str | None = None
     request_id: str | None = None

@@ -64,6 +64,7 @@ class _Open:
     phases: tuple[Phase, ...]
     priority: int
     drop_late: bool
+    reject_infeasible: bool
     committed: int = 0
     confirmed: int = 0
     ready_s: float = 0.0
@@ -154,6 +155,7 @@ class RoundScheduler:
         *,
         priority: int = 0,
         drop_late: bool = False,
+        reject_infeasible: bool = False,
     ) -> None:
         """A request enters with its chain of phases. Raises ValueError on a duplicate id or a chain that
         no GPU set can run."""
@@ -163,7 +165,14 @@ class RoundScheduler:
             if phase.steps < 1 or not any(degree <= self.n_gpus for degree in phase.step_s):
                 raise ValueError(f"request {request_id}: no GPU set can run its {phase.kind} phase")
         self._open[request_id] = _Open(
-            request_id, now_s, deadline_s, tuple(phases), priority, drop_late, ready_s=now_s
+            request_id,
+            now_s,
+            deadline_s,
+            tuple(phases),
+            priority,
+            drop_late,
+            reject_infeasible,
+            ready_s=now_s,
         )
         self._load.arrived(phases, deadline_s - now_s, now_s)
 
@@ -222,6 +231,25 @@ class RoundScheduler:
             for request in self._open.values()
             if request.drop_late and not request.outstanding and self._job(request).is_late(now_s)
         ]
+
+    def infeasible(self, snapshot: Snapshot, packing: Packing) -> list[str]:
+        """Requests with `reject_infeasible` that this packing, the first to see them, does not have on time.
+
+        To be asked between policy and commit; the caller ends and cancels them. A packing that only says how such a
+        request begins gives it the benefit of the doubt.
+        """
+        rejected = []
+        for job in snapshot.jobs:
+            request = self._open.get(job.id)
+            if request is None or not request.reject_infeasible:
+                continue
+            request.reject_infeasible = False  # accepted from now on
+            planned = [entry for entry in packing.entries if entry.job_id == job.id]
+            complete = sum(entry.steps for entry in planned) >= request.total
+            ends_late = complete and max(entry.end_s for entry in planned) > job.deadline_s + EPSILON_S
+            if job.id in packing.set_aside or job.is_late(snapshot.now_s) or ends_late:
+                rejected.append(job.id)
+        return rejected
 
     # ---- decisions ----------------------------------------------------------------------------------------
 

@@ -60,7 +60,8 @@ class Engine:
         """Run `steps` steps from `first_step` over `gpus`; the state stays here, on every member.
 
         `conditioning` and `latents` are needed only where this GPU does not hold them already.
-        Raises RuntimeError when the state at hand is not at `first_step`.
+        Raises RuntimeError when the state at hand is not at `first_step`, FloatingPointError when the latents
+        are no numbers any more.
         """
         started_s = self._start()
         state = self._state(request_id, first_step, conditioning, latents)
@@ -70,6 +71,11 @@ class Engine:
         with self.adapter.sequence_parallel.over(group, info.tokens(state.request.shape), info.text_tokens):
             for _ in range(steps):
                 self.adapter.step(state)
+        # every member holds the same latents, so all of them stop here and none waits for another
+        if not torch.isfinite(state.latents).all():
+            raise FloatingPointError(
+                f"latents are not finite after step {state.step} of request {request_id}"
+            )
         return self._report(started_s, switched_s)
 
     @torch.inference_mode()
