@@ -27,6 +27,7 @@ from tetriserve.errors import (
     ModelNotFound,
     Overloaded,
     TetriserveError,
+    Unauthorized,
 )
 from tetriserve.request import GenerateRequest, GenerateResult, Metrics, ModelInfo
 
@@ -270,6 +271,9 @@ def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[st
         status = 404 if isinstance(error, ModelNotFound) else 400
         body = error_body(error.message, "invalid_request_error", error.code, error.field)
         return status, body, {}
+    if isinstance(error, Unauthorized):
+        body = error_body(error.message, "authentication_error", error.code)
+        return 401, body, {"WWW-Authenticate": "Bearer"}
     body = error_body(error.message, "server_error", error.code)
     if isinstance(error, Overloaded):
         return 503, body, {"Retry-After": str(error.retry_after_s)}

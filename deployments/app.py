@@ -38,6 +38,7 @@ def build(args: dict[str, Any]) -> Application:
     )(Cell)
     ingress = serve.deployment(
         name="Ingress",
+        num_replicas=parsed.http.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
         health_check_period_s=HEALTH_PERIOD_S,

@@ -142,7 +142,14 @@ class ProfileArgs(_Section):
 
 
 class HTTPArgs(_Section):
-    """Limits of the HTTP edge."""
+    """The HTTP edge: who may use it, and its limits."""
+
+    replicas: int = Field(1, ge=1, le=64, description="Ingress processes; each cell talks to all of them.")
+    api_keys_env: str | None = Field(
+        None,
+        description="Environment variable with the allowed API keys, separated by commas; null: no keys.",
+    )
+    api_keys_file: str | None = Field(None, description="File with one API key per line, # for comments.")
 
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Larger bodies are answered 413.")
     max_n: int = Field(10, ge=1, le=10, description="Largest `n` of one request.")

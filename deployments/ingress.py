@@ -20,7 +20,7 @@ from contextlib import aclosing
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
 from ray.exceptions import ObjectLostError, RayActorError
@@ -38,6 +38,7 @@ from deployments.api import (
     model_body,
 )
 from deployments.config import AppArgs
+from deployments.keys import check_key, load_keys
 from tetriserve import __version__
 from tetriserve.errors import (
     CellLost,
@@ -79,6 +80,7 @@ class Ingress:
     def __init__(self, cell: DeploymentHandle, args: AppArgs) -> None:
         self._cell = cell
         self._args = args
+        self._keys = load_keys(args.http)
         self._info: ModelInfo | None = None
         self._started_s = int(time.time())
         self._checked_s = float("-inf")
@@ -222,6 +224,11 @@ class Ingress:
 
     # -- HTTP ----------------------------------------------------------------------------------------------
 
+    async def authorize(self, http: Request) -> None:
+        """Let those with an API key in, everybody where none are configured."""
+        if self._keys:
+            check_key(self._keys, http.headers.get("authorization", ""))
+
     async def post_images(self, http: Request) -> JSONResponse:
         """`POST /v1/images/generations`."""
         body = await _read_body(http, self._args.http.max_body_bytes)
@@ -282,6 +289,7 @@ class Ingress:
 def build_http(ingress: Ingress) -> FastAPI:
     """The HTTP app over one ingress; every error leaves it in OpenAI's shape."""
     app = FastAPI(title="tetriserve", version=__version__)
+    keyed = [Depends(ingress.authorize)]
     schema = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
     app.add_api_route(
         "/v1/images/generations",
@@ -289,14 +297,16 @@ def build_http(ingress: Ingress) -> FastAPI:
         methods=["POST"],
         response_model=None,
         openapi_extra={"requestBody": schema},
+        dependencies=keyed,
     )
     for path, endpoint in (
         ("/v1/models", ingress.get_models),
         ("/v1/models/{model_id:path}", ingress.get_model),
         ("/v1/model_info", ingress.get_model_info),
-        ("/health", ingress.get_health),
     ):
-        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None, dependencies=keyed)
+    # load balancers ask without a key; it says how the cells are, not what they do
+    app.add_api_route("/health", ingress.get_health, methods=["GET"], response_model=None)
     app.add_exception_handler(TetriserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from solver.allocation import StepTable
 from solver.board import EPSILON_S, Board, OpenJob, first_starving, waiting_order
@@ -138,13 +138,22 @@ def group_knapsack(
 
 @dataclass(frozen=True)
 class KnapsackPolicy:
-    """The paper's policy."""
+    """The paper's policy.
+
+    Attributes:
+        keeps_gpus: prefer the GPUs of the round before; off for an ablation (paper 2.6 a).
+        scales_up: widen over GPUs left idle; off for an ablation (paper 2.6 b).
+    """
 
     name: str = "dp"
     round_steps: float = 2.0
     replans_on_arrival: bool = False
+    keeps_gpus: bool = True
+    scales_up: bool = True
 
     def __call__(self, snapshot: Snapshot) -> Packing:
+        if not self.keeps_gpus:
+            snapshot = replace(snapshot, jobs=tuple(replace(job, gpus=()) for job in snapshot.jobs))
         board = Board(snapshot)
         now_s, boundary_s = snapshot.now_s, snapshot.boundary_s
         ready = [job for job in board.jobs if job.start_s <= now_s + EPSILON_S]
@@ -169,11 +178,13 @@ class KnapsackPolicy:
         for job, group in zip(timely, groups, strict=True):
             if group:
                 placer.place_up_to(job, group[0].degree)
-        placer.scale_up()
+        if self.scales_up:
+            placer.scale_up()
         on_time_picks = len(placer.picks)
         for job in late:
             placer.place_up_to(job, 1)
-        placer.scale_up(on_time_picks)
+        if self.scales_up:
+            placer.scale_up(on_time_picks)
         return Packing(tuple(placer.entries()), info={"survivors": float(survivors)})
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -157,13 +158,13 @@ class Cell:
         yield await self._generate(request)
 
 
-def ingress(cell: Cell, **http: int) -> Ingress:
+def ingress(cell: Cell, **http: Any) -> Ingress:
     handle: Any = cell
     return Ingress(handle, AppArgs.parse({"http": http}))
 
 
 def ask(
-    cell: Cell, method: str, path: str, limits: dict[str, int] | None = None, **options: Any
+    cell: Cell, method: str, path: str, limits: dict[str, Any] | None = None, **options: Any
 ) -> httpx.Response:
     async def run() -> httpx.Response:
         app = build_http(ingress(cell, **(limits or {})))
@@ -190,7 +191,8 @@ def check_error(answer: httpx.Response, status: int, code: str, param: str | Non
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    kind = {401: "authentication_error", 500: "server_error", 503: "server_error"}
+    assert error["type"] == kind.get(status, "invalid_request_error")
     return str(error["message"])
 
 
@@ -517,6 +519,53 @@ def test_a_request_that_takes_every_cell_with_it_ends(monkeypatch: pytest.Monkey
     cell = Cell(error=ActorDiedError())
     check_error(post(cell, **PICTURE), 500, "generation_failed")
     assert len(cell.requests) == 1 + MAX_RESUBMISSIONS
+
+
+KEYS = "first-key-0123456789, second-key-9876543210"
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (None, 401),
+        ("Bearer first-key-0123456789", 200),
+        ("bearer  second-key-9876543210 ", 200),
+        ("Bearer first-key-012345678", 401),
+        ("Bearer " + KEYS, 401),
+        ("Bearer ", 401),
+        ("Basic first-key-0123456789", 401),
+        ("first-key-0123456789", 401),
+        (b"Bearer \xff\xfe", 401),
+    ],
+)
+def test_api_keys(monkeypatch: pytest.MonkeyPatch, header: str | bytes | None, status: int) -> None:
+    monkeypatch.setenv("TEST_KEYS", KEYS)
+    cell, http = Cell(), {"api_keys_env": "TEST_KEYS"}
+    headers: Any = {} if header is None else {"Authorization": header}
+    answer = ask(cell, "POST", URL, http, json=PICTURE, headers=headers)
+    assert answer.status_code == status
+    if status == 401:
+        check_error(answer, 401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert not cell.requests
+    assert ask(cell, "GET", "/v1/models", http, headers=headers).status_code == status
+    assert ask(cell, "GET", "/health", http).status_code == 200
+
+
+def test_api_keys_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# one per line\n\nfrom-the-file-0123456789\n")
+    http = {"api_keys_file": str(file)}
+    good = {"Authorization": "Bearer from-the-file-0123456789"}
+    assert ask(Cell(), "POST", URL, http, json=PICTURE, headers=good).status_code == 200
+    for text, why in (("# none\n", "no key"), ("short\n", "shorter than 16"), (b"\xff", "cannot read")):
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(errors.ConfigError, match=why) as caught:
+            ingress(Cell(), **http)
+        assert "short\n" not in str(caught.value)
+    monkeypatch.delenv("TEST_KEYS", raising=False)
+    with pytest.raises(errors.ConfigError, match="api_keys_env"):
+        ingress(Cell(), api_keys_env="TEST_KEYS")
 
 
 def test_health() -> None:

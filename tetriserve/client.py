@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import os
 import sys
 import threading
 import time
@@ -20,6 +21,14 @@ FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 """Output formats of the server, by file suffix."""
 
 CONNECT_TIMEOUT_S = 10.0
+
+KEY_VARIABLE = "TETRISERVE_API_KEY"
+
+
+def key_headers() -> dict[str, str]:
+    """The headers with the caller's API key, from the environment: arguments show in process lists."""
+    key = os.environ.get(KEY_VARIABLE)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class ServerError(TetriserveError):
@@ -69,7 +78,9 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     # a request without a deadline may wait as long as the queue is: no read timeout
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
     try:
-        response = httpx.post(f"{url.rstrip('/')}/v1/images/generations", json=body, timeout=timeout)
+        response = httpx.post(
+            f"{url.rstrip('/')}/v1/images/generations", json=body, headers=key_headers(), timeout=timeout
+        )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerError(f"no answer from {url}: {str(error) or type(error).__name__}") from None
     try:

@@ -32,6 +32,12 @@ class ModelNotFound(InvalidRequest):
     code = "model_not_found"
 
 
+class Unauthorized(TetriserveError):
+    """The server asks for an API key and got none of its own (HTTP 401)."""
+
+    code = "invalid_api_key"
+
+
 class Overloaded(TetriserveError):
     """The queue is full (HTTP 503 with Retry-After)."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tetriserve.client import CONNECT_TIMEOUT_S, ServerError
+from tetriserve.client import CONNECT_TIMEOUT_S, ServerError, key_headers
 from tetriserve.metrics import Executed, Outcome
 from tetriserve.trace import TraceRequest
 
@@ -46,7 +46,9 @@ async def _replay(url: str, trace: Sequence[TraceRequest], on_settled: Callable[
     # no limit of connections: a full pool would make arrivals wait
     limits = httpx.Limits(max_connections=None)
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout) as client:
+    async with httpx.AsyncClient(
+        headers=key_headers(), base_url=url, limits=limits, timeout=timeout
+    ) as client:
         await _cells(client)
         done = Replay()
         start_s, start_unix_s = time.monotonic(), time.time()
