@@ -239,7 +239,8 @@ def wait_until_ready(name: str, url: str, report: Callable[[str], None]) -> str:
             with contextlib.suppress(httpx.HTTPError, ValueError):
                 health = httpx.get(f"{url}/health", timeout=5)
                 if health.status_code == 200:
-                    return str(httpx.get(f"{url}/v1/model_info", timeout=5).json()["name"])
+                    # by the handle, which needs no API key
+                    return str(serve.get_app_handle(name).model_info.remote().result().name)
                 note = health.json()["reason"]
         if note and note != said:
             report(note)
