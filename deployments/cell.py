@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import logging
 import os
+import uuid
 from collections.abc import AsyncIterator
 
 import ray
@@ -33,29 +34,32 @@ class Cell:
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """`GenerateResult` whose `image` is an object reference to uint8 [height, width, 3]."""
+        call_id = uuid.uuid4().hex
         try:
-            return await self._scheduler.generate.remote(request)
+            return await self._scheduler.generate.remote(request, call_id)
         except asyncio.CancelledError:
-            self._give_up(request)
+            self._give_up(request, call_id)
             raise
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
         """`Progress` after every committed step range, then the `GenerateResult`."""
+        call_id = uuid.uuid4().hex
         call = self._scheduler.stream.options(num_returns="streaming")
         finished = False
         try:
-            async for item in call.remote(request):
+            async for item in call.remote(request, call_id):
                 value = await item
                 finished = isinstance(value, GenerateResult)
                 yield value
         finally:
             if not finished:
-                self._give_up(request)
+                self._give_up(request, call_id)
 
-    def _give_up(self, request: GenerateRequest) -> None:
+    def _give_up(self, request: GenerateRequest, call_id: str) -> None:
         # Ray cancels whatever a cancelled task has submitted, this call too: make it outside the task's context
         loop = asyncio.get_running_loop()
-        loop.call_soon(self._scheduler.cancel.remote, request.request_id, context=contextvars.Context())
+        cancel = self._scheduler.cancel.remote
+        loop.call_soon(cancel, request.request_id, call_id, context=contextvars.Context())
 
     async def model_info(self) -> ModelInfo:
         return await self._scheduler.model_info.remote()

@@ -12,6 +12,10 @@ from tetriserve.engine.report import Report
 from tetriserve.request import Execution, GenerateRequest, GenerateResult, Metrics, Progress, StepRange
 from tetriserve.scheduler import Assignment
 
+KEPT = 64
+"""Finished pictures kept for repeated requests; 3 MB each at 1024x1024."""
+KEPT_S = 300.0
+
 
 @dataclass
 class Entry:
@@ -19,6 +23,8 @@ class Entry:
 
     Attributes:
         request: with steps and seed filled in.
+        asked: the request as it came.
+        callers: the calls that wait for it; when the last one leaves it is given up.
         arrival_s: on the scheduler's monotonic clock.
         conditioning: reference to what encode made.
         latents: reference to the latents behind the last range sent out ...
@@ -29,10 +35,12 @@ class Entry:
     """
 
     id: str
+    asked: GenerateRequest
     request: GenerateRequest
     arrival_s: float
     slo_s: float | None
     result: asyncio.Future[GenerateResult]
+    callers: set[str] = field(default_factory=set)
     conditioning: Any = None
     latents: Any = None
     committed_latents: Any = None
@@ -61,7 +69,12 @@ class Entry:
         self.peak_memory_bytes = max(self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))
         if assignment.kind == "denoise":
             self.steps_done += assignment.steps
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake all that watch; each waits for the next change on a new event."""
         self.changed.set()
+        self.changed = asyncio.Event()
 
     def roll_back(self) -> None:
         """After a lost range: back to the last committed latents, once nothing is in flight behind it."""
@@ -103,3 +116,25 @@ class Entry:
             peak_memory_bytes=self.peak_memory_bytes,
         )
         return GenerateResult(self.id, image, time.time(), model, metrics)
+
+
+class Kept:
+    """Finished requests that may be asked for again: the last `KEPT`, for `KEPT_S` each."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[float, Entry]] = {}
+
+    def keep(self, entry: Entry) -> None:
+        self._forget()
+        if len(self._entries) >= KEPT:
+            self._entries.pop(next(iter(self._entries)))
+        self._entries[entry.id] = (time.monotonic() + KEPT_S, entry)
+
+    def known(self, request_id: str | None) -> Entry | None:
+        self._forget()
+        return self._entries[request_id][1] if request_id in self._entries else None
+
+    def _forget(self) -> None:
+        now_s = time.monotonic()
+        for request_id in [i for i, (until_s, _) in self._entries.items() if until_s < now_s]:
+            del self._entries[request_id]

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
 import logging
@@ -66,6 +67,8 @@ RESUBMIT_PAUSE_S = 0.5
 MAX_RESUBMISSIONS = 5
 """A request that took so many cells with it is not given another."""
 
+MAX_KEY_CHARS = 255
+
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -116,7 +119,7 @@ class Ingress:
         request = await self._admit(request)
         arrived_s = time.monotonic()
         for attempt in itertools.count():
-            waited_s = time.monotonic() - arrived_s
+            waited_s = time.monotonic() - arrived_s if attempt else 0.0
             try:
                 async with aclosing(submit(dataclasses.replace(request, waited_s=waited_s))) as items:
                     async for item in items:
@@ -233,8 +236,8 @@ class Ingress:
         """`POST /v1/images/generations`."""
         body = await _read_body(http, self._args.http.max_body_bytes)
         request = ImageRequest.parse(body, self._args.http.max_n)
-        response_id = f"img_{uuid.uuid4().hex}"
-        results = await self._generate_all(request.generate_requests(response_id))
+        response_id, requests = self._identified(request, http)
+        results = await self._generate_all(requests)
         pictures = await asyncio.gather(
             *(
                 asyncio.to_thread(encode_image, result, request.output_format, request.quality)
@@ -242,6 +245,26 @@ class Ingress:
             )
         )
         return JSONResponse(image_response(request, response_id, results, pictures))
+
+    def _identified(self, request: ImageRequest, http: Request) -> tuple[str, list[GenerateRequest]]:
+        """The id of the response and its requests. An `Idempotency-Key` makes both, and a missing seed, its own.
+
+        So a repeated POST finds what it asked for, and where no cell remembers it gets an equal picture.
+        """
+        key = http.headers.get("idempotency-key")
+        if key is None:
+            response_id = f"img_{uuid.uuid4().hex}"
+            return response_id, request.generate_requests(response_id)
+        if not 0 < len(key) <= MAX_KEY_CHARS:
+            raise InvalidRequest("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
+        # the keys of one client mean nothing to another
+        client = http.headers.get("authorization", "")
+        digest = hashlib.sha256(f"{client}\n{key}".encode()).hexdigest()
+        response_id = f"img_{digest[:32]}"
+        if request.seed is None:
+            request = request.model_copy(update={"seed": int(digest[32:39], 16)})
+        requests = request.generate_requests(response_id)
+        return response_id, [dataclasses.replace(one, repeatable=True) for one in requests]
 
     async def get_models(self) -> JSONResponse:
         """`GET /v1/models`."""

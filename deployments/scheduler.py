@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
-from deployments.entry import Entry
+from deployments.entry import Entry, Kept
 from deployments.fleet import Fleet
 from deployments.profiling import fitting_profile
 from solver.policies import make_policy
@@ -75,6 +75,7 @@ class Scheduler:
         self._args = args
         self._fleet = Fleet(args, group)
         self._entries: dict[str, Entry] = {}
+        self._kept = Kept()
         self._wake = asyncio.Event()
         self._failure = "starting"
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -111,37 +112,64 @@ class Scheduler:
 
     # ---- requests -----------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> GenerateResult:
+    async def generate(self, request: GenerateRequest, call_id: str) -> GenerateResult:
         """Run a request to its end. `image` of the result is a reference to the picture.
+
+        Args:
+            call_id: of this call, for `cancel`: a repeated request has several.
 
         Raises the errors of `tetriserve.errors`.
         """
-        entry = self._admit(request)
+        entry = self._join(request, call_id)
         try:
-            return await entry.result
+            return await asyncio.shield(entry.result)
         except asyncio.CancelledError:
-            self._end(entry, GenerationFailed(f"request {entry.id} was cancelled"))
+            self._leave(entry, call_id)
             raise
 
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
+    async def stream(
+        self, request: GenerateRequest, call_id: str
+    ) -> AsyncIterator[Progress | GenerateResult]:
         """Progress after every committed range, then the result."""
-        entry = self._admit(request)
+        entry = self._join(request, call_id)
         last: Progress | None = None
         while not entry.result.done():
-            entry.changed.clear()
+            changed = entry.changed
             if entry.progress() != last:
                 last = entry.progress()
                 yield last
-            await entry.changed.wait()
+            await changed.wait()
         yield entry.result.result()
 
-    async def cancel(self, request_id: str) -> bool:
-        """Give a request up; its GPUs are free when the range in flight ends. False when it is not open."""
+    async def cancel(self, request_id: str, call_id: str) -> bool:
+        """A call is given up, and with the last call its request; its GPUs are free when the range in flight ends.
+
+        False when it is not open.
+        """
         entry = self._entries.get(request_id)
-        if entry is None:
+        if entry is None or call_id not in entry.callers:
             return False
-        self._end(entry, GenerationFailed(f"request {request_id} was cancelled"))
+        self._leave(entry, call_id)
         return True
+
+    def _leave(self, entry: Entry, call_id: str) -> None:
+        entry.callers.discard(call_id)
+        if not entry.callers:
+            self._end(entry, GenerationFailed(f"request {entry.id} was cancelled"))
+
+    def _join(self, request: GenerateRequest, call_id: str) -> Entry:
+        """The entry of a request: a new one, or for a repeated request the one that there is."""
+        asked = replace(request, waited_s=0.0)
+        entry = self._kept.known(request.request_id) or self._entries.get(request.request_id or "")
+        if entry is None:
+            entry = self._admit(request)
+            entry.asked = asked
+        elif not request.repeatable:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is already open")
+        elif entry.asked != asked:
+            raise InvalidRequest("Idempotency-Key", "it was used for another request")
+        entry.callers.add(call_id)
+        return entry
 
     def _admit(self, request: GenerateRequest) -> Entry:
         if self._failure:
@@ -160,15 +188,14 @@ class Scheduler:
         request = replace(
             request, num_inference_steps=request.num_inference_steps or self._info.default_steps
         )
-        if request_id in self._entries:
-            raise InvalidRequest("request_id", f"{request_id!r} is already open")
         phases = self._phases(request)
         slo_s = request.slo_s
         if slo_s is None and self._args.scheduler.default_slo_scale is not None:
             alone_s = sum(phase.steps * phase.fastest_step_s for phase in phases)
             slo_s = self._args.scheduler.default_slo_scale * alone_s
         arrival_s = now_s - request.waited_s
-        entry = Entry(request_id, request, arrival_s, slo_s, asyncio.get_running_loop().create_future())
+        result = asyncio.get_running_loop().create_future()
+        entry = Entry(request_id, request, request, arrival_s, slo_s, result)
         self._rounds.arrived(
             request_id,
             phases,
@@ -211,7 +238,9 @@ class Scheduler:
                 entry.result.exception()  # a cancelled caller will not look at it
             else:
                 entry.result.set_result(outcome)
-        entry.changed.set()
+                if entry.request.repeatable:
+                    self._kept.keep(entry)
+        entry.notify()
         if entry.outstanding == 0:
             self._release(entry)
         self._wake.set()

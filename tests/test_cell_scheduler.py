@@ -82,7 +82,7 @@ def test_a_cell_that_is_starting_is_not_ready() -> None:
     async def run() -> None:
         scheduler = scheduler_with(Hanging())
         with pytest.raises(NotReady, match="starting"):
-            await scheduler.generate(GenerateRequest("a"))
+            await scheduler.generate(GenerateRequest("a", request_id="a", seed=0), "call")
         status = await scheduler.status()
         assert not status.ready and status.reason == "starting"
         await scheduler.check_health()  # starting is not broken

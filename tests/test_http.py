@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -501,7 +502,7 @@ def test_an_accepted_request_outlives_its_cells(monkeypatch: pytest.MonkeyPatch)
     assert len({(request.request_id, request.seed) for request in cell.requests}) == 1
     assert cell.requests[0].seed is not None
     waited_s = [request.waited_s for request in cell.requests]
-    assert len(waited_s) == 4 and waited_s == sorted(set(waited_s))
+    assert len(waited_s) == 4 and waited_s[0] == 0 and waited_s == sorted(set(waited_s))
 
     cell.losses = [errors.NotReady("starting")]  # never accepted: the client is told
     check_error(post(cell, **PICTURE), 503, "not_ready")
@@ -519,6 +520,29 @@ def test_a_request_that_takes_every_cell_with_it_ends(monkeypatch: pytest.Monkey
     cell = Cell(error=ActorDiedError())
     check_error(post(cell, **PICTURE), 500, "generation_failed")
     assert len(cell.requests) == 1 + MAX_RESUBMISSIONS
+
+
+def test_idempotency_key_names_the_request_and_its_seed() -> None:
+    cell = Cell()
+
+    def posted(key: str | None, **fields: Any) -> tuple[str, GenerateRequest]:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        answer = ask(cell, "POST", URL, json={**PICTURE, **fields}, headers=headers)
+        return answer.json()["id"], cell.requests[-1]
+
+    first, again = posted("order-1"), posted("order-1")
+    assert first[0] == again[0] and replace(again[1], waited_s=0) == replace(first[1], waited_s=0)
+    assert first[1].repeatable and first[1].seed is not None
+    assert posted("order-1", seed=5)[1].seed == 5
+    assert posted("order-2")[0] != first[0]
+    assert not posted(None)[1].repeatable
+    posted("order-3", n=2)
+    assert len({(r.request_id, r.seed) for r in cell.requests[-2:]}) == 2
+    for key in ("", "k" * 256):
+        headers = {"Idempotency-Key": key}
+        check_error(
+            ask(cell, "POST", URL, json=PICTURE, headers=headers), 400, "invalid_value", "Idempotency-Key"
+        )
 
 
 KEYS = "first-key-0123456789, second-key-9876543210"

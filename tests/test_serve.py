@@ -236,6 +236,26 @@ def test_openai_client_works_unchanged(server: Server) -> None:
         client.images.generate(prompt="a", size="500x500")
 
 
+def test_a_repeated_post_gets_the_same_result(server: Server) -> None:
+    """While it runs, after it ended, and when the first caller went away in between."""
+    headers = {"Idempotency-Key": "order-1"}
+    item = body("1024x1024", 1, num_inference_steps=4)
+    del item["seed"]
+
+    async def posts() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, headers=headers) as client:
+            tasks = [asyncio.create_task(client.post("/v1/images/generations", json=item)) for _ in range(3)]
+            await asyncio.sleep(1.0)
+            tasks.pop(0).cancel()
+            return [*await asyncio.gather(*tasks), await client.post("/v1/images/generations", json=item)]
+
+    answers = [answer.json() for answer in asyncio.run(posts())]
+    assert all(answer == answers[0] for answer in answers[1:])  # the very same run, to the microsecond
+    other = httpx.post(f"{server.url}/v1/images/generations", json={**item, "seed": 5}, headers=headers)
+    assert other.status_code == 400 and other.json()["error"]["param"] == "Idempotency-Key"
+    wait_until(lambda: server.health()["cells"][0]["open_requests"] == 0)
+
+
 def test_what_cannot_be_on_time_is_turned_away_when_asked(server: Server) -> None:
     hopeless = body("1024x1024", 1, slo_ms=20)
     answer = httpx.post(

@@ -50,6 +50,8 @@ class GenerateRequest:
             the server's default.
         priority: tie-break between requests with equal deadlines, larger first.
         request_id: made by the server when None; must be unique among open requests.
+        repeatable: the caller may send it again under the same `request_id`, and gets the same result while it is
+            open and for some minutes after.
         waited_s: seconds since it arrived, when a cell was lost and it is submitted again; filled in by the server.
     """
 
@@ -68,6 +70,7 @@ class GenerateRequest:
     model: str | None = None
     request_id: str | None = None
     user: str | None = None
+    repeatable: bool = False
     waited_s: float = 0.0
 
     @property
