@@ -131,9 +131,8 @@ class Ingress:
                 if not lost or attempt == MAX_RESUBMISSIONS:
                     raise _translate(error) from error
                 logger.warning("request %s lost its cell (%s), trying again", request.request_id, error)
-            await asyncio.sleep(
-                RESUBMIT_PAUSE_S * 2**attempt
-            )  # the router may not know yet which cell is dead
+            # the router may not know yet which cell is dead
+            await asyncio.sleep(RESUBMIT_PAUSE_S * 2**attempt)
             await self._wait_for_a_cell()
 
     async def _once(self, request: GenerateRequest) -> AsyncGenerator[Progress | GenerateResult, None]:
