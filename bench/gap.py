@@ -11,18 +11,19 @@ bound splits steps, moves them between GPUs at any instant and never waits for a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from policies import BOUND_LIMIT_S, HERE, PLAN_LIMIT_S
+from policy_report import markdown_table
 from suite import SUITE, Cell
 from tqdm import tqdm
 
 from solver.bound import Known, clairvoyant_bound
 from solver.problem import Job, Packing, Policy, Snapshot
+from tetriserve.metrics import write_json
 from tetriserve.profile import Profile
 from tetriserve.simulate import named_policy, simulate
 from tetriserve.trace import TraceRequest
@@ -86,15 +87,10 @@ def main() -> None:
         runs = [measure(cells[name], seed) for seed in options.seeds]
         table[name] = {row: statistics.fmean(run[row] for run in runs) for row in ROWS}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gap.json").write_text(json.dumps(table, indent=1) + "\n")
-    lines = [
-        f"`python bench/gap.py`: SLO attainment, mean of {len(options.seeds)} seeds",
-        "",
-        "| | " + " | ".join(table) + " |",
-        "|---|" + "---|" * len(table),
-        *("| " + " | ".join([row, *(f"{cell[row]:.3f}" for cell in table.values())]) + " |" for row in ROWS),
-    ]
-    (options.out / "gap.md").write_text("\n".join(lines) + "\n")
+    write_json(options.out / "gap.json", table)
+    body = [[row, *(f"{cell[row]:.3f}" for cell in table.values())] for row in ROWS]
+    text = f"`python bench/gap.py`: SLO attainment, mean of {len(options.seeds)} seeds"
+    (options.out / "gap.md").write_text(f"{text}\n\n{markdown_table(['', *table], body)}\n")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,18 @@ def run_bound(cell: Cell, seed: int) -> dict[str, Any]:
     }
 
 
+def kept_runs(file: Path) -> dict[str, Any]:
+    """What earlier calls kept, by run."""
+    runs: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return runs
+
+
+def keep_runs(file: Path, runs: dict[str, Any]) -> None:
+    """Written beside and moved, so that a call that is cut off leaves the file whole."""
+    write_json(file.with_suffix(".part"), runs)
+    file.with_suffix(".part").replace(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,14 +107,12 @@ def main() -> None:
     for cell, seed, name in (bar := tqdm(jobs, unit="run")):
         bar.set_description(f"{cell.name} {name} seed {seed}")
         file = options.out / f"{cell.name}.json"
-        runs = json.loads(file.read_text()) if file.exists() else {}
+        runs = kept_runs(file)
         key = f"{name} {seed}"
         if key in runs and not options.again:
             continue
         runs[key] = run_bound(cell, seed) if name == "bound" else run_variant(cell, variants[name], seed)
-        # written beside and moved, so that a run that is cut off leaves the file whole
-        write_json(file.with_suffix(".part"), dict(sorted(runs.items())))
-        file.with_suffix(".part").replace(file)
+        keep_runs(file, dict(sorted(runs.items())))
 
     write_report(options.out, SUITE, VARIANTS, COLUMNS)
 

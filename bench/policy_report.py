@@ -91,7 +91,8 @@ def _gap(row: Row) -> float | None:
 
 
 def _attainment_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    lines = _head(["cell", "seeds", *columns, "dp rounds", "bound", "gap of ilp, points"])
+    head = ["cell", "seeds", *columns, "dp rounds", "bound", "gap of ilp, points"]
+    body: list[list[str]] = []
     for row in rows:
         policies = row["policies"]
         seeds = max((policy["seeds"] for policy in policies.values()), default=0)
@@ -101,9 +102,8 @@ def _attainment_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
             bound += " (dual)"
         gap = _gap(row)
         cells = [_cell(policies, column, "slo_attainment", 3) for column in columns]
-        lines.append(
-            _line([row["cell"], str(seeds), *cells, rounds, bound, "-" if gap is None else f"{gap:.1f}"])
-        )
+        body.append([row["cell"], str(seeds), *cells, rounds, bound, "-" if gap is None else f"{gap:.1f}"])
+    lines = [markdown_table(head, body)]
     gaps = [gap for row in rows if (gap := _gap(row)) is not None]
     if gaps:
         lines += [
@@ -118,13 +118,14 @@ def _attainment_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str], key: str, digits: int, bound: bool = False) -> str:
-    lines = _head(["cell", *columns, *(["bound"] if bound else [])])
+    head = ["cell", *columns, *(["bound"] if bound else [])]
+    body: list[list[str]] = []
     for row in rows:
         cells = [_cell(row["policies"], column, key, digits) for column in columns]
         if bound:
             cells.append(_cell({"bound": row["bound"] or {}}, "bound", key, digits))
-        lines.append(_line([row["cell"], *cells]))
-    return "\n".join(lines)
+        body.append([row["cell"], *cells])
+    return markdown_table(head, body)
 
 
 def _cell(policies: Mapping[str, Row], name: str, key: str, digits: int) -> str:
@@ -132,12 +133,9 @@ def _cell(policies: Mapping[str, Row], name: str, key: str, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), _line(["---"] * len(names))]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are texts already."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
 
 
 def _plot_attainment(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:

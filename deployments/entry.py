@@ -22,8 +22,8 @@ class Entry:
     """One open request.
 
     Attributes:
-        request: with steps and seed filled in.
-        asked: the request as it came.
+        asked: the request as it first came.
+        request: with steps filled in.
         callers: the calls that wait for it; when the last one leaves it is given up.
         arrival_s: on the scheduler's monotonic clock.
         conditioning: reference to what encode made.

@@ -159,14 +159,12 @@ class Scheduler:
 
     def _join(self, request: GenerateRequest, call_id: str) -> Entry:
         """The entry of a request: a new one, or for a repeated request the one that there is."""
-        asked = replace(request, waited_s=0.0)
         entry = self._kept.known(request.request_id) or self._entries.get(request.request_id or "")
         if entry is None:
             entry = self._admit(request)
-            entry.asked = asked
         elif not request.repeatable:
             raise InvalidRequest("request_id", f"{request.request_id!r} is already open")
-        elif entry.asked != asked:
+        elif entry.asked != replace(request, waited_s=0.0):
             raise InvalidRequest("Idempotency-Key", "it was used for another request")
         entry.callers.add(call_id)
         return entry
@@ -185,6 +183,7 @@ class Scheduler:
         self._info.check(request)
         request_id = request.request_id
         assert request_id is not None and request.seed is not None, "the ingress fills these in"
+        asked = replace(request, waited_s=0.0)
         request = replace(
             request, num_inference_steps=request.num_inference_steps or self._info.default_steps
         )
@@ -195,7 +194,7 @@ class Scheduler:
             slo_s = self._args.scheduler.default_slo_scale * alone_s
         arrival_s = now_s - request.waited_s
         result = asyncio.get_running_loop().create_future()
-        entry = Entry(request_id, request, request, arrival_s, slo_s, result)
+        entry = Entry(request_id, asked, request, arrival_s, slo_s, result)
         self._rounds.arrived(
             request_id,
             phases,

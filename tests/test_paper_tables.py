@@ -1,4 +1,4 @@
-"""What the tables of `bench/paper_tables.py` rest on: the exhaustive search and the switches of the ablation."""
+"""What `bench/paper_tables.py` rests on: the exhaustive search and the switches of the ablation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tetriserve.request import Shape
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
-paper_tables = importlib.import_module("paper_tables")
-Block, Exhaustive = paper_tables.Block, paper_tables.Exhaustive
+exhaustive = importlib.import_module("exhaustive")
+Block, Exhaustive = exhaustive.Block, exhaustive.Exhaustive
 
 SHAPE = Shape(256, 256)
 TWICE = {1: 1.0, 2: 0.5}
@@ -49,12 +49,12 @@ def test_pruning_changes_nothing_and_no_packer_is_above_the_optimum() -> None:
     reached = settled = 0
     for seed in range(20):
         n_gpus = (2, 4)[seed % 2]
-        requests = paper_tables.instance(2 + seed % 3, n_gpus, seed, profile)
+        requests = exhaustive.instance(2 + seed % 3, n_gpus, seed, profile)
         exact = Exhaustive(requests, n_gpus, 60.0, True)
         few = [Block(r.shape, 2, r.block_s, r.due_s / 2) for r in requests[:2]]
         assert Exhaustive(few, n_gpus, 60.0, True).best == Exhaustive(few, n_gpus, 60.0, False).best
         for name in ("ilp", "dp"):
-            on_time = sum(outcome.met for outcome in paper_tables.packed(name, requests, n_gpus).outcomes)
+            on_time = sum(outcome.met for outcome in exhaustive.packed(name, requests, n_gpus).outcomes)
             assert on_time <= exact.best, f"{name} seed {seed}"
             if name == "ilp":
                 reached, settled = reached + on_time, settled + exact.best
