@@ -25,7 +25,7 @@ from tqdm import tqdm
 from solver.bound import Known, clairvoyant_bound
 from tetriserve.metrics import result_of, write_json
 from tetriserve.profile import Profile
-from tetriserve.simulate import Disturbance, named_policy, simulate
+from tetriserve.simulate import Disturbance, Simulation, named_policy, simulate
 
 HERE = Path(__file__).parent
 PLAN_LIMIT_S = 1.0
@@ -37,13 +37,8 @@ def run_variant(cell: Cell, variant: Variant, seed: int) -> dict[str, Any] | Non
     """The figures of one run; None where the policy makes no sense on the cell."""
     if variant.policy in ("sp1", "sp2", "sp4", "sp8") and int(variant.policy[2:]) > cell.n_gpus:
         return None
-    profile = Profile.load(HERE / "profiles" / f"{cell.profile}.yaml")
-    policy = named_policy(variant.policy, cell.n_gpus, PLAN_LIMIT_S, variant.round_steps)
-    if variant.events:
-        policy = replace(cast(Any, policy), replans_on_arrival=True)
-    disturbance = Disturbance(variant.switch_s, variant.jitter, seed)
-    done = simulate(cell.trace(seed, profile), profile, policy, cell.n_gpus, disturbance=disturbance)
-    summary = result_of(policy.name, cell.n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
+    done = play(cell, variant, seed)
+    summary = result_of(variant.policy, cell.n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
     met = [o.latency_s for o in done.outcomes if o.met and o.latency_s is not None]
     late = sorted(o.latency_s for o in done.outcomes if not o.met and o.latency_s is not None)
     return {
@@ -53,6 +48,16 @@ def run_variant(cell: Cell, variant: Variant, seed: int) -> dict[str, Any] | Non
         "late_p99_s": late[int(0.99 * (len(late) - 1))] if late else None,
         "plan_ms_max": max(done.plan_s) * 1000,
     }
+
+
+def play(cell: Cell, variant: Variant, seed: int) -> Simulation:
+    """A trace of a cell under a policy, simulated."""
+    profile = Profile.load(HERE / "profiles" / f"{cell.profile}.yaml")
+    policy = named_policy(variant.policy, cell.n_gpus, PLAN_LIMIT_S, variant.round_steps)
+    if variant.events:
+        policy = replace(cast(Any, policy), replans_on_arrival=True)
+    disturbance = Disturbance(variant.switch_s, variant.jitter, seed)
+    return simulate(cell.trace(seed, profile), profile, policy, cell.n_gpus, disturbance=disturbance)
 
 
 def run_bound(cell: Cell, seed: int) -> dict[str, Any]:
