@@ -69,6 +69,12 @@ class GenerationFailed(TetriserveError):
     code = "generation_failed"
 
 
+class OutOfMemory(GenerationFailed):
+    """A phase did not fit into memory at any degree that it may run at (HTTP 500)."""
+
+    code = "out_of_memory"
+
+
 class CellLost(GenerationFailed):
     """The cell failed under an accepted request, which is no fault of the request: it is submitted again."""
 
