@@ -227,15 +227,17 @@ class Ingress:
     # -- HTTP ----------------------------------------------------------------------------------------------
 
     async def authorize(self, http: Request) -> None:
-        """Let those with an API key in, everybody where none are configured."""
+        """Let those with an API key in, everybody where none are configured; remember who it is."""
+        http.state.client = None
         if self._keys:
-            check_key(self._keys, http.headers.get("authorization", ""))
+            http.state.client = check_key(self._keys, http.headers.get("authorization", ""))
 
     async def post_images(self, http: Request) -> JSONResponse:
         """`POST /v1/images/generations`."""
         body = await _read_body(http, self._args.http.max_body_bytes)
         request = ImageRequest.parse(body, self._args.http.max_n)
         response_id, requests = self._identified(request, http)
+        requests = [dataclasses.replace(one, client=http.state.client) for one in requests]
         results = await self._generate_all(requests)
         pictures = await asyncio.gather(
             *(

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +26,7 @@ from deployments.profiling import fitting_profile
 from deployments.replica import boxed
 from solver.policies import make_policy
 from solver.problem import Packing, Phase, Snapshot
+from tetriserve.admission import Admission
 from tetriserve.engine.report import Report
 from tetriserve.errors import (
     CellLost,
@@ -78,6 +79,9 @@ class Scheduler:
         self._fleet = Fleet(args, group)
         self._entries: dict[str, Entry] = {}
         self._kept = Kept()
+        self._admission = Admission(
+            args.scheduler.max_open_requests, args.scheduler.max_open_per_client, shared=args.http.has_keys
+        )
         self._wake = asyncio.Event()
         self._failure = "starting"
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -174,12 +178,11 @@ class Scheduler:
     def _admit(self, request: GenerateRequest) -> Entry:
         if self._failure:
             raise NotReady(f"the cell is not ready: {self._failure}", retry_after_s=5)
-        limit = self._args.scheduler.max_open_requests
         now_s = time.monotonic()
-        if len(self._entries) >= limit:
-            raise Overloaded(
-                f"{limit} requests are open", retry_after_s=int(self._rounds.predicted_drain_s(now_s) / 2) + 1
-            )
+        open_requests = Counter(entry.request.client for entry in self._entries.values())
+        full = self._admission.refusal(request.client, open_requests)
+        if full and not request.waited_s:  # else it was accepted once
+            raise Overloaded(full, retry_after_s=int(self._rounds.predicted_drain_s(now_s) / 2) + 1)
         if request.model not in (None, "default", self._info.name):
             raise InvalidRequest("model", f"{request.model!r} is not served, allowed is {self._info.name!r}")
         self._info.check(request)

@@ -576,6 +576,31 @@ def test_api_keys(monkeypatch: pytest.MonkeyPatch, header: str | bytes | None, s
     assert ask(cell, "GET", "/health", http).status_code == 200
 
 
+def test_the_cell_learns_whose_request_it_is_but_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_KEYS", KEYS)
+
+    def client(header: str, **http: Any) -> str | None:
+        cell = Cell()
+        assert (
+            ask(cell, "POST", URL, http, json=PICTURE, headers={"Authorization": header}).status_code == 200
+        )
+        assert header.split()[1] not in repr(cell.requests) + str(cell.requests[0].client)
+        assert cell.requests[0].client is None or cell.requests[0].client not in repr(cell.requests)
+        return cell.requests[0].client
+
+    keyed = {"api_keys_env": "TEST_KEYS"}
+    first, again, second = (
+        client(header, **keyed)
+        for header in (
+            "Bearer first-key-0123456789",
+            "bearer  first-key-0123456789 ",
+            "Bearer second-key-9876543210",
+        )
+    )
+    assert first == again and first is not None and second not in (None, first)
+    assert client("Bearer first-key-0123456789") is None  # without keys all are one client
+
+
 def test_api_keys_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text("# one per line\n\nfrom-the-file-0123456789\n")
