@@ -24,7 +24,7 @@ from tetriserve.errors import (
     DeadlineInfeasible,
     GenerationFailed,
     InvalidRequest,
-    ModelNotFound,
+    NotFound,
     Overloaded,
     TetriserveError,
     Unauthorized,
@@ -86,7 +86,7 @@ class ImageRequest(BaseModel):
     size: str | None = Field(None, description='"WIDTHxHEIGHT" or "auto"; default 1024x1024.')
     width: Integer | None = None
     height: Integer | None = None
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[Integer, Field(ge=0, le=100)] | None = Field(
         None, description="Quality of jpeg and webp in percent; wins over output_quality."
@@ -229,9 +229,9 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
 
 
 def image_response(
-    request: ImageRequest, response_id: str, results: list[GenerateResult], pictures: list[str]
+    request: ImageRequest, response_id: str, results: list[GenerateResult], pictures: list[dict[str, str]]
 ) -> dict[str, Any]:
-    """Body of a generation response; `pictures` are base64.
+    """Body of a generation response; `pictures` are `{"b64_json": ...}` or `{"url": ...}`.
 
     Each `data` item carries the `metrics` of its own picture; those at top level are the slowest picture's.
     """
@@ -243,7 +243,7 @@ def image_response(
         "created": int(slowest.created_s),
         "model": slowest.model,
         "data": [
-            {"b64_json": picture, "revised_prompt": None, "metrics": metrics_body(result.metrics)}
+            {**picture, "revised_prompt": None, "metrics": metrics_body(result.metrics)}
             for result, picture in zip(results, pictures, strict=True)
         ],
         "output_format": request.output_format,
@@ -268,7 +268,7 @@ def error_body(message: str, kind: str, code: str, param: str | None = None) -> 
 def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of the answer to a failed request."""
     if isinstance(error, InvalidRequest):
-        status = 404 if isinstance(error, ModelNotFound) else 400
+        status = 404 if isinstance(error, NotFound) else 400
         body = error_body(error.message, "invalid_request_error", error.code, error.field)
         return status, body, {}
     if isinstance(error, Unauthorized):

@@ -163,6 +163,19 @@ class HTTPArgs(_Section):
 
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Larger bodies are answered 413.")
     max_n: int = Field(10, ge=1, le=10, description="Largest `n` of one request.")
+    public_url: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="Where clients reach this server, for `url` results; default: the request's Host header.",
+    )
+    url_ttl_s: float = Field(
+        300.0, gt=0, le=86400, description="How long the picture of a `url` result is there."
+    )
+    url_max_bytes: int = Field(
+        1 << 28,
+        ge=1 << 20,
+        description="Bytes of all pictures of `url` results together; beyond, the oldest go first.",
+    )
 
     @property
     def has_keys(self) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -40,12 +40,14 @@ from deployments.api import (
 )
 from deployments.config import AppArgs
 from deployments.keys import check_key, load_keys
+from deployments.pictures import Picture
 from tetriserve import __version__
 from tetriserve.errors import (
     CellLost,
     GenerationFailed,
     InvalidRequest,
     ModelNotFound,
+    NotFound,
     NotReady,
     Overloaded,
     TetriserveError,
@@ -67,6 +69,8 @@ RESUBMIT_PAUSE_S = 0.5
 MAX_RESUBMISSIONS = 5
 """A request that took so many cells with it is not given another."""
 
+STORE_TIMEOUT_S = 10.0
+
 MAX_KEY_CHARS = 255
 
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
@@ -77,11 +81,13 @@ class Ingress:
 
     Args:
         cell: handle of the Cell deployment.
+        pictures: handle of the Pictures deployment.
         args: the application's arguments.
     """
 
-    def __init__(self, cell: DeploymentHandle, args: AppArgs) -> None:
+    def __init__(self, cell: DeploymentHandle, pictures: DeploymentHandle, args: AppArgs) -> None:
         self._cell = cell
+        self._pictures = pictures
         self._args = args
         self._keys = load_keys(args.http)
         self._info: ModelInfo | None = None
@@ -239,13 +245,53 @@ class Ingress:
         response_id, requests = self._identified(request, http)
         requests = [dataclasses.replace(one, client=http.state.client) for one in requests]
         results = await self._generate_all(requests)
-        pictures = await asyncio.gather(
+        encoded = await asyncio.gather(
             *(
                 asyncio.to_thread(encode_image, result, request.output_format, request.quality)
                 for result in results
             )
         )
+        if request.response_format == "url":
+            urls = await self._keep(results, encoded, f"image/{request.output_format}", str(http.base_url))
+            pictures = [{"url": url} for url in urls]
+        else:
+            pictures = [{"b64_json": base64.b64encode(content).decode()} for content in encoded]
         return JSONResponse(image_response(request, response_id, results, pictures))
+
+    async def _keep(
+        self, results: list[GenerateResult], encoded: list[bytes], media_type: str, base_url: str
+    ) -> list[str]:
+        """URLs of pictures; each is its own permission, which nobody can guess."""
+        limit, size = self._args.http.url_max_bytes, sum(map(len, encoded))
+        if size > limit:
+            raise InvalidRequest(
+                "response_format", f"{size} bytes of pictures, `url` holds {limit}: ask for b64_json"
+            )
+        urls = []
+        for result, content in zip(results, encoded, strict=True):
+            token = secrets.token_urlsafe()
+            await self._stored(
+                self._pictures.keep.remote(result.request_id, token, Picture(content, media_type))
+            )
+            base = (self._args.http.public_url or base_url).rstrip("/")
+            urls.append(f"{base}/v1/images/{result.request_id}/content?token={token}")
+        return urls
+
+    async def _stored(self, call: Any) -> Any:
+        """What the picture store answers. Raises `NotReady` when it does not."""
+        try:
+            return await asyncio.wait_for(call, STORE_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise NotReady("the store of pictures does not answer") from None
+        except Exception as error:
+            raise _translate(error) from error
+
+    async def get_picture(self, picture_id: str, token: str = "") -> Response:
+        """`GET /v1/images/{id}/content`: the picture of a `url` result."""
+        picture: Picture | None = await self._stored(self._pictures.get.remote(picture_id, token))
+        if picture is None:
+            raise NotFound("token", "no picture has this URL, or it has expired")
+        return Response(picture.content, media_type=picture.media_type, headers={"Cache-Control": "private"})
 
     def _identified(self, request: ImageRequest, http: Request) -> tuple[str, list[GenerateRequest]]:
         """The id of the response and its requests. An `Idempotency-Key` makes both, and a missing seed, its own.
@@ -329,6 +375,10 @@ def build_http(ingress: Ingress) -> FastAPI:
         ("/v1/model_info", ingress.get_model_info),
     ):
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None, dependencies=keyed)
+    # browsers ask for a picture without a key: its URL is the permission
+    app.add_api_route(
+        "/v1/images/{picture_id}/content", ingress.get_picture, methods=["GET"], response_model=None
+    )
     # load balancers ask without a key; it says how the cells are, not what they do
     app.add_api_route("/health", ingress.get_health, methods=["GET"], response_model=None)
     app.add_exception_handler(TetriserveError, _on_error)
@@ -370,13 +420,13 @@ async def _read_body(http: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def encode_image(result: GenerateResult, output_format: str, quality: int) -> str:
-    """The picture as base64 text; `quality` in percent, for jpeg and webp. Slow enough to need a thread."""
+def encode_image(result: GenerateResult, output_format: str, quality: int) -> bytes:
+    """The picture as a file; `quality` in percent, for jpeg and webp. Slow enough to need a thread."""
     # level 1 takes half the time of the default level for 15 % more bytes (1024x1024)
     options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": quality}
     file = io.BytesIO()
     Image.fromarray(result.image).save(file, format=output_format, **options)
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
 async def _with_image(result: GenerateResult) -> GenerateResult:

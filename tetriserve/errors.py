@@ -26,7 +26,13 @@ class InvalidRequest(TetriserveError):
         return type(self), (self.field, self.message.removeprefix(f"{self.field}: "))
 
 
-class ModelNotFound(InvalidRequest):
+class NotFound(InvalidRequest):
+    """`field` names something that is not there, or not any more (HTTP 404)."""
+
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
     """`model` names something this server does not serve (HTTP 404)."""
 
     code = "model_not_found"
