@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
 from PIL import Image
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -30,6 +31,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from deployments import answers
 from deployments.api import (
     ImageRequest,
     as_tetriserve_error,
@@ -232,6 +234,10 @@ class Ingress:
 
     # -- HTTP ----------------------------------------------------------------------------------------------
 
+    @property
+    def has_keys(self) -> bool:
+        return bool(self._keys)
+
     async def authorize(self, http: Request) -> None:
         """Let those with an API key in, everybody where none are configured; remember who it is."""
         http.state.client = None
@@ -360,6 +366,8 @@ def build_http(ingress: Ingress) -> FastAPI:
     """The HTTP app over one ingress; every error leaves it in OpenAI's shape."""
     app = FastAPI(title="tetriserve", version=__version__)
     keyed = [Depends(ingress.authorize)]
+    if ingress.has_keys:  # only to say so in the document
+        keyed.append(Depends(HTTPBearer(auto_error=False)))
     schema = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
     app.add_api_route(
         "/v1/images/generations",
@@ -368,19 +376,29 @@ def build_http(ingress: Ingress) -> FastAPI:
         response_model=None,
         openapi_extra={"requestBody": schema},
         dependencies=keyed,
+        responses=answers.IMAGES,
     )
-    for path, endpoint in (
-        ("/v1/models", ingress.get_models),
-        ("/v1/models/{model_id:path}", ingress.get_model),
-        ("/v1/model_info", ingress.get_model_info),
+    for path, endpoint, responses in (
+        ("/v1/models", ingress.get_models, answers.MODELS),
+        ("/v1/models/{model_id:path}", ingress.get_model, answers.MODEL),
+        ("/v1/model_info", ingress.get_model_info, answers.MODEL_INFO),
     ):
-        app.add_api_route(path, endpoint, methods=["GET"], response_model=None, dependencies=keyed)
+        app.add_api_route(
+            path, endpoint, methods=["GET"], response_model=None, dependencies=keyed, responses=responses
+        )
     # browsers ask for a picture without a key: its URL is the permission
     app.add_api_route(
-        "/v1/images/{picture_id}/content", ingress.get_picture, methods=["GET"], response_model=None
+        "/v1/images/{picture_id}/content",
+        ingress.get_picture,
+        methods=["GET"],
+        response_class=Response,
+        response_model=None,
+        responses=answers.PICTURE,
     )
     # load balancers ask without a key; it says how the cells are, not what they do
-    app.add_api_route("/health", ingress.get_health, methods=["GET"], response_model=None)
+    app.add_api_route(
+        "/health", ingress.get_health, methods=["GET"], response_model=None, responses=answers.HEALTH
+    )
     app.add_exception_handler(TetriserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
