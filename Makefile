@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= cluster_configs/cpu_local.yaml
 PORT ?= 8000
 
-.PHONY: install serve test lint clean
+.PHONY: install serve test fuzz lint clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,10 @@ serve: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+# some thousands of requests, right and wrong ones, made from the server's own OpenAPI document
+fuzz: install
+	TETRISERVE_FUZZ_CASES=2000 $(BIN)/python -m pytest tests/test_openapi.py --timeout=1800
 
 lint: install
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from tetriserve.errors import (
     DeadlineInfeasible,
     GenerationFailed,
     InvalidRequest,
-    ModelNotFound,
+    NotFound,
     Overloaded,
     TetriserveError,
     Unauthorized,
@@ -53,10 +53,13 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
+NO_BOOLEAN = BeforeValidator(_no_boolean)
 # 64 bits, so that no later arithmetic meets an integer that no float can hold
-Integer = Annotated[int, BeforeValidator(_no_boolean), Field(ge=-(2**63), lt=2**63)]
-Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63), NO_BOOLEAN]
+Count = Annotated[int, Field(ge=1, lt=2**63), NO_BOOLEAN]
+Percent = Annotated[int, Field(ge=0, le=100), NO_BOOLEAN]
+Number = Annotated[float, Field(allow_inf_nan=False), NO_BOOLEAN]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), NO_BOOLEAN]
 
 
 COPIED = (
@@ -71,6 +74,20 @@ COPIED = (
 """Fields that mean the same in a `GenerateRequest`."""
 
 
+SIZE = "[0-9]{1,6}x[0-9]{1,6}"
+
+
+def _document_nested(schema: dict[str, Any]) -> None:
+    """Name the places for nested fields, which are not fields of the model themselves."""
+    schema["properties"] |= {
+        name: {
+            "type": ["object", "string", "null"],
+            "description": "An object, or a string holding its JSON.",
+        }
+        for name in ("extra_body", "extra_args", "extra_params")
+    }
+
+
 class ImageRequest(BaseModel):
     """Body of `POST /v1/images/generations`. Unknown fields are ignored, null means absent.
 
@@ -78,26 +95,30 @@ class ImageRequest(BaseModel):
     too (objects, or strings holding JSON). The outermost one wins.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, json_schema_extra=_document_nested)
 
-    prompt: str
+    prompt: str = Field(json_schema_extra={"minLength": 1})
     model: str | None = None
-    n: Annotated[Integer, Field(ge=1)] = 1
-    size: str | None = Field(None, description='"WIDTHxHEIGHT" or "auto"; default 1024x1024.')
+    n: Count = 1
+    size: str | None = Field(
+        None,
+        description='"WIDTHxHEIGHT" or "auto"; default 1024x1024.',
+        json_schema_extra={"pattern": f"^({SIZE}|auto)$"},
+    )
     width: Integer | None = None
     height: Integer | None = None
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: Annotated[Integer, Field(ge=0, le=100)] | None = Field(
+    output_compression: Percent | None = Field(
         None, description="Quality of jpeg and webp in percent; wins over output_quality."
     )
     output_quality: Literal["default", "low", "medium", "high", "maximum"] = "default"
     negative_prompt: str | None = None
-    num_inference_steps: Integer | None = None
+    num_inference_steps: Integer | None = Field(None, json_schema_extra={"minimum": 1, "maximum": 200})
     num_steps: Integer | None = Field(None, description="Used when num_inference_steps is absent.")
-    guidance_scale: Number | None = None
-    true_cfg_scale: Number | None = None
-    seed: Integer | None = None
+    guidance_scale: Number | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
+    true_cfg_scale: Number | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
+    seed: Integer | None = Field(None, json_schema_extra={"minimum": 0})
     user: str | None = None
     slo_ms: Positive | None = Field(None, description="Deadline, milliseconds from arrival.")
     drop_late: bool = Field(False, description="End with an error once the deadline cannot be met.")
@@ -126,7 +147,7 @@ class ImageRequest(BaseModel):
     def _size(cls, size: str | None) -> str | None:
         if size is None or size == "auto":
             return None
-        if not re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", size):
+        if not re.fullmatch(SIZE, size):
             raise ValueError('must look like "WIDTHxHEIGHT", for example "1024x1024", or be "auto"')
         return size
 
@@ -229,9 +250,9 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
 
 
 def image_response(
-    request: ImageRequest, response_id: str, results: list[GenerateResult], pictures: list[str]
+    request: ImageRequest, response_id: str, results: list[GenerateResult], pictures: list[dict[str, str]]
 ) -> dict[str, Any]:
-    """Body of a generation response; `pictures` are base64.
+    """Body of a generation response; `pictures` are `{"b64_json": ...}` or `{"url": ...}`.
 
     Each `data` item carries the `metrics` of its own picture; those at top level are the slowest picture's.
     """
@@ -243,7 +264,7 @@ def image_response(
         "created": int(slowest.created_s),
         "model": slowest.model,
         "data": [
-            {"b64_json": picture, "revised_prompt": None, "metrics": metrics_body(result.metrics)}
+            {**picture, "revised_prompt": None, "metrics": metrics_body(result.metrics)}
             for result, picture in zip(results, pictures, strict=True)
         ],
         "output_format": request.output_format,
@@ -268,7 +289,7 @@ def error_body(message: str, kind: str, code: str, param: str | None = None) -> 
 def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of the answer to a failed request."""
     if isinstance(error, InvalidRequest):
-        status = 404 if isinstance(error, ModelNotFound) else 400
+        status = 404 if isinstance(error, NotFound) else 400
         body = error_body(error.message, "invalid_request_error", error.code, error.field)
         return status, body, {}
     if isinstance(error, Unauthorized):

@@ -10,6 +10,7 @@ from ray.serve import Application
 from deployments.cell import Cell
 from deployments.config import AppArgs
 from deployments.ingress import Ingress
+from deployments.pictures import Pictures
 
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
@@ -22,7 +23,7 @@ INGRESS_REQUESTS = 4096
 
 
 def build(args: dict[str, Any]) -> Application:
-    """`Ingress` over `Cell`. Raises `ConfigError`, one line, naming the first wrong key of `args`."""
+    """`Ingress` over `Cell` and `Pictures`. Raises `ConfigError`, one line, naming the first wrong key of `args`."""
     parsed = AppArgs.parse(args)
     cell = serve.deployment(
         name="Cell",
@@ -36,6 +37,14 @@ def build(args: dict[str, Any]) -> Application:
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=STOP_POLL_S,
     )(Cell)
+    pictures = serve.deployment(
+        name="Pictures",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=INGRESS_REQUESTS,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=STOP_POLL_S,
+    )(Pictures)
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=parsed.http.replicas,
@@ -45,4 +54,4 @@ def build(args: dict[str, Any]) -> Application:
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=STOP_POLL_S,
     )(serve.ingress()(Ingress))
-    return ingress.bind(cell.bind(parsed), parsed)
+    return ingress.bind(cell.bind(parsed), pictures.bind(parsed.http), parsed)

@@ -102,7 +102,17 @@ class SchedulerArgs(_Section):
         le=5,
         description="A decision takes no longer; the fallback plan is used after twice this. Keep it below lead_s.",
     )
-    max_open_requests: int = Field(256, ge=1, description="More are answered 503 with Retry-After.")
+    max_open_requests: int = Field(
+        256,
+        ge=1,
+        description="More are answered 503 with Retry-After. With API keys an eighth of them is kept for clients "
+        "that have less than their equal share.",
+    )
+    max_open_per_client: int | None = Field(
+        None,
+        ge=1,
+        description="The same for each API key (without keys all are one client), in each cell; null: no limit.",
+    )
     reject_infeasible: bool = Field(
         False, description="Answer 503 at once to a request that the first plan cannot have on time."
     )
@@ -153,6 +163,23 @@ class HTTPArgs(_Section):
 
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Larger bodies are answered 413.")
     max_n: int = Field(10, ge=1, le=10, description="Largest `n` of one request.")
+    public_url: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="Where clients reach this server, for `url` results; default: the request's Host header.",
+    )
+    url_ttl_s: float = Field(
+        300.0, gt=0, le=86400, description="How long the picture of a `url` result is there."
+    )
+    url_max_bytes: int = Field(
+        1 << 28,
+        ge=1 << 20,
+        description="Bytes of all pictures of `url` results together; beyond, the oldest go first.",
+    )
+
+    @property
+    def has_keys(self) -> bool:
+        return self.api_keys_env is not None or self.api_keys_file is not None
 
 
 class AppArgs(_Section):

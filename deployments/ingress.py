@@ -22,7 +22,8 @@ from typing import Any
 
 import ray
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
 from PIL import Image
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -30,6 +31,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from deployments import answers
 from deployments.api import (
     ImageRequest,
     as_tetriserve_error,
@@ -40,12 +42,14 @@ from deployments.api import (
 )
 from deployments.config import AppArgs
 from deployments.keys import check_key, load_keys
+from deployments.pictures import Picture
 from tetriserve import __version__
 from tetriserve.errors import (
     CellLost,
     GenerationFailed,
     InvalidRequest,
     ModelNotFound,
+    NotFound,
     NotReady,
     Overloaded,
     TetriserveError,
@@ -67,6 +71,8 @@ RESUBMIT_PAUSE_S = 0.5
 MAX_RESUBMISSIONS = 5
 """A request that took so many cells with it is not given another."""
 
+STORE_TIMEOUT_S = 10.0
+
 MAX_KEY_CHARS = 255
 
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
@@ -77,11 +83,13 @@ class Ingress:
 
     Args:
         cell: handle of the Cell deployment.
+        pictures: handle of the Pictures deployment.
         args: the application's arguments.
     """
 
-    def __init__(self, cell: DeploymentHandle, args: AppArgs) -> None:
+    def __init__(self, cell: DeploymentHandle, pictures: DeploymentHandle, args: AppArgs) -> None:
         self._cell = cell
+        self._pictures = pictures
         self._args = args
         self._keys = load_keys(args.http)
         self._info: ModelInfo | None = None
@@ -226,24 +234,70 @@ class Ingress:
 
     # -- HTTP ----------------------------------------------------------------------------------------------
 
+    @property
+    def has_keys(self) -> bool:
+        return bool(self._keys)
+
     async def authorize(self, http: Request) -> None:
-        """Let those with an API key in, everybody where none are configured."""
+        """Let those with an API key in, everybody where none are configured; remember who it is."""
+        http.state.client = None
         if self._keys:
-            check_key(self._keys, http.headers.get("authorization", ""))
+            http.state.client = check_key(self._keys, http.headers.get("authorization", ""))
 
     async def post_images(self, http: Request) -> JSONResponse:
         """`POST /v1/images/generations`."""
         body = await _read_body(http, self._args.http.max_body_bytes)
         request = ImageRequest.parse(body, self._args.http.max_n)
         response_id, requests = self._identified(request, http)
+        requests = [dataclasses.replace(one, client=http.state.client) for one in requests]
         results = await self._generate_all(requests)
-        pictures = await asyncio.gather(
+        encoded = await asyncio.gather(
             *(
                 asyncio.to_thread(encode_image, result, request.output_format, request.quality)
                 for result in results
             )
         )
+        if request.response_format == "url":
+            urls = await self._keep(results, encoded, f"image/{request.output_format}", str(http.base_url))
+            pictures = [{"url": url} for url in urls]
+        else:
+            pictures = [{"b64_json": base64.b64encode(content).decode()} for content in encoded]
         return JSONResponse(image_response(request, response_id, results, pictures))
+
+    async def _keep(
+        self, results: list[GenerateResult], encoded: list[bytes], media_type: str, base_url: str
+    ) -> list[str]:
+        """URLs of pictures; each is its own permission, which nobody can guess."""
+        limit, size = self._args.http.url_max_bytes, sum(map(len, encoded))
+        if size > limit:
+            raise InvalidRequest(
+                "response_format", f"{size} bytes of pictures, `url` holds {limit}: ask for b64_json"
+            )
+        urls = []
+        for result, content in zip(results, encoded, strict=True):
+            token = secrets.token_urlsafe()
+            await self._stored(
+                self._pictures.keep.remote(result.request_id, token, Picture(content, media_type))
+            )
+            base = (self._args.http.public_url or base_url).rstrip("/")
+            urls.append(f"{base}/v1/images/{result.request_id}/content?token={token}")
+        return urls
+
+    async def _stored(self, call: Any) -> Any:
+        """What the picture store answers. Raises `NotReady` when it does not."""
+        try:
+            return await asyncio.wait_for(call, STORE_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise NotReady("the store of pictures does not answer") from None
+        except Exception as error:
+            raise _translate(error) from error
+
+    async def get_picture(self, picture_id: str, token: str = "") -> Response:
+        """`GET /v1/images/{id}/content`: the picture of a `url` result."""
+        picture: Picture | None = await self._stored(self._pictures.get.remote(picture_id, token))
+        if picture is None:
+            raise NotFound("token", "no picture has this URL, or it has expired")
+        return Response(picture.content, media_type=picture.media_type, headers={"Cache-Control": "private"})
 
     def _identified(self, request: ImageRequest, http: Request) -> tuple[str, list[GenerateRequest]]:
         """The id of the response and its requests. An `Idempotency-Key` makes both, and a missing seed, its own.
@@ -312,6 +366,8 @@ def build_http(ingress: Ingress) -> FastAPI:
     """The HTTP app over one ingress; every error leaves it in OpenAI's shape."""
     app = FastAPI(title="tetriserve", version=__version__)
     keyed = [Depends(ingress.authorize)]
+    if ingress.has_keys:  # only to say so in the document
+        keyed.append(Depends(HTTPBearer(auto_error=False)))
     schema = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
     app.add_api_route(
         "/v1/images/generations",
@@ -320,15 +376,29 @@ def build_http(ingress: Ingress) -> FastAPI:
         response_model=None,
         openapi_extra={"requestBody": schema},
         dependencies=keyed,
+        responses=answers.IMAGES,
     )
-    for path, endpoint in (
-        ("/v1/models", ingress.get_models),
-        ("/v1/models/{model_id:path}", ingress.get_model),
-        ("/v1/model_info", ingress.get_model_info),
+    for path, endpoint, responses in (
+        ("/v1/models", ingress.get_models, answers.MODELS),
+        ("/v1/models/{model_id:path}", ingress.get_model, answers.MODEL),
+        ("/v1/model_info", ingress.get_model_info, answers.MODEL_INFO),
     ):
-        app.add_api_route(path, endpoint, methods=["GET"], response_model=None, dependencies=keyed)
+        app.add_api_route(
+            path, endpoint, methods=["GET"], response_model=None, dependencies=keyed, responses=responses
+        )
+    # browsers ask for a picture without a key: its URL is the permission
+    app.add_api_route(
+        "/v1/images/{picture_id}/content",
+        ingress.get_picture,
+        methods=["GET"],
+        response_class=Response,
+        response_model=None,
+        responses=answers.PICTURE,
+    )
     # load balancers ask without a key; it says how the cells are, not what they do
-    app.add_api_route("/health", ingress.get_health, methods=["GET"], response_model=None)
+    app.add_api_route(
+        "/health", ingress.get_health, methods=["GET"], response_model=None, responses=answers.HEALTH
+    )
     app.add_exception_handler(TetriserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
@@ -368,13 +438,13 @@ async def _read_body(http: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def encode_image(result: GenerateResult, output_format: str, quality: int) -> str:
-    """The picture as base64 text; `quality` in percent, for jpeg and webp. Slow enough to need a thread."""
+def encode_image(result: GenerateResult, output_format: str, quality: int) -> bytes:
+    """The picture as a file; `quality` in percent, for jpeg and webp. Slow enough to need a thread."""
     # level 1 takes half the time of the default level for 15 % more bytes (1024x1024)
     options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": quality}
     file = io.BytesIO()
     Image.fromarray(result.image).save(file, format=output_format, **options)
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
 async def _with_image(result: GenerateResult) -> GenerateResult:

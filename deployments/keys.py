@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ SHORTEST_KEY = 16
 
 def load_keys(http: HTTPArgs) -> tuple[bytes, ...]:
     """The allowed keys; none when none are configured. Raises `ConfigError`, which never shows a key."""
-    if http.api_keys_env is None and http.api_keys_file is None:
+    if not http.has_keys:
         return ()
     keys: list[str] = []
     if http.api_keys_env is not None:
@@ -37,9 +38,13 @@ def load_keys(http: HTTPArgs) -> tuple[bytes, ...]:
     return tuple(key.encode() for key in found)
 
 
-def check_key(keys: Sequence[bytes], authorization: str) -> None:
-    """Raise `Unauthorized` unless the header is "Bearer KEY" with one of `keys`, compared in constant time."""
+def check_key(keys: Sequence[bytes], authorization: str) -> str:
+    """A name for the owner of the key in the header, from which the key cannot be found.
+
+    Raises `Unauthorized` unless the header is "Bearer KEY" with one of `keys`, compared in constant time.
+    """
     scheme, _, given = authorization.partition(" ")
     matches = [hmac.compare_digest(key, given.strip().encode()) for key in keys]
     if scheme.lower() != "bearer" or not any(matches):
         raise Unauthorized("send an API key of this server: Authorization: Bearer KEY")
+    return hashlib.sha256(given.strip().encode()).hexdigest()[:16]

@@ -13,15 +13,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import ray
 
 from deployments.config import AppArgs
-from tetriserve.errors import ConfigError
+from tetriserve.errors import ConfigError, OutOfMemory
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
 from tetriserve.scheduler import Assignment
-
-if TYPE_CHECKING:
-    from tetriserve.engine.latents import Conditioning, Latents
 
 CPU_NICENESS = 10
 """On CPU the replicas yield to the scheduler and the ingress, which share their cores."""
@@ -79,6 +78,23 @@ class PlanOrder:
                 future.set_result(call())
             except BaseException as error:  # the waiting call raises it; the worker goes on
                 future.set_exception(error)
+
+
+Boxed = list[Any] | None
+"""A reference in a list: Ray would not run a call at all when what one of its plain arguments refers to failed."""
+
+
+def boxed(reference: Any) -> Boxed:
+    """What to give `GPUReplica.run` for a reference or None."""
+    return None if reference is None else [reference]
+
+
+def _unboxed(box: Boxed) -> Any:
+    return None if box is None else ray.get(box[0])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
 
 
 class GPUReplica:
@@ -188,11 +204,13 @@ class GPUReplica:
         self,
         assignment: Assignment,
         request: GenerateRequest | None,
-        conditioning: Conditioning | None,
-        latents: Latents | None,
+        conditioning: Boxed,
+        latents: Boxed,
         epoch: int = 0,
     ) -> Any:
         """Run a step range in its turn; `epoch` is the cell's when it was planned.
+
+        When it fails nothing of its request stays here. Raises `OutOfMemory` when memory was short.
 
         Returns:
             encode: (Report, Conditioning, Latents); decode: (Report, picture);
@@ -200,26 +218,56 @@ class GPUReplica:
         """
         place = assignment.gpus.index(self._gpu)
         (request_id,) = assignment.request_ids
+        try:
+            held = _unboxed(conditioning), _unboxed(latents)
+        except ray.exceptions.RayError as error:
+            # the range takes its turn all the same: those planned behind it wait for it
+            held, missing = (None, None), f"the range before failed: {type(error).__name__}"
+        else:
+            missing = ""
 
-        def call() -> Any:
+        def advance() -> Any:
             engine = self._engine
+            # first of all, for nobody can leave a group that the others still build
+            group = engine.groups.group(assignment.gpus, epoch, assignment.seq)
+            if missing:
+                raise RuntimeError(missing)
             if assignment.kind == "encode":
                 assert request is not None
                 return engine.encode(request_id, request)
             if assignment.kind == "decode":
-                return engine.decode(request_id, conditioning, latents)
+                return engine.decode(request_id, *held)
             report = engine.denoise(
                 request_id,
                 assignment.gpus,
                 assignment.first_step,
                 assignment.steps,
-                conditioning,
-                latents,
+                *held,
                 epoch,
+                assignment.seq,
             )
-            return (report, engine.pack(request_id)) if place == 0 else report
+            packed = engine.pack(request_id) if place == 0 else None
+            if group is not None:
+                group.agree(self._device)
+            return report if packed is None else (report, packed)
+
+        def call() -> Any:
+            from tetriserve.engine.engine import is_out_of_memory
+
+            try:
+                return advance()
+            except Exception as error:
+                failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
+            # only here the traceback is gone that holds the tensors of the failed step
+            self._engine.abandon(request_id, assignment.gpus, assignment.seq)
+            raise failure
 
         return self._order.run_after(assignment.after[place], assignment.seq, call)
+
+    def leave(self, gpus: tuple[int, ...], seq: int) -> None:
+        """Another member of range `seq` failed: do not wait for it any longer."""
+        if self._device.type == "cuda":  # gloo notices by itself
+            self._engine.groups.leave(gpus, seq)
 
     def release(self, request_id: str) -> None:
         """Free a request's memory."""

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,8 +23,10 @@ from deployments.config import AppArgs
 from deployments.entry import Entry, Kept
 from deployments.fleet import Fleet
 from deployments.profiling import fitting_profile
+from deployments.replica import boxed
 from solver.policies import make_policy
 from solver.problem import Packing, Phase, Snapshot
+from tetriserve.admission import Admission
 from tetriserve.engine.report import Report
 from tetriserve.errors import (
     CellLost,
@@ -32,6 +34,7 @@ from tetriserve.errors import (
     GenerationFailed,
     InvalidRequest,
     NotReady,
+    OutOfMemory,
     Overloaded,
     TetriserveError,
 )
@@ -76,6 +79,9 @@ class Scheduler:
         self._fleet = Fleet(args, group)
         self._entries: dict[str, Entry] = {}
         self._kept = Kept()
+        self._admission = Admission(
+            args.scheduler.max_open_requests, args.scheduler.max_open_per_client, shared=args.http.has_keys
+        )
         self._wake = asyncio.Event()
         self._failure = "starting"
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -172,12 +178,11 @@ class Scheduler:
     def _admit(self, request: GenerateRequest) -> Entry:
         if self._failure:
             raise NotReady(f"the cell is not ready: {self._failure}", retry_after_s=5)
-        limit = self._args.scheduler.max_open_requests
         now_s = time.monotonic()
-        if len(self._entries) >= limit:
-            raise Overloaded(
-                f"{limit} requests are open", retry_after_s=int(self._rounds.predicted_drain_s(now_s) / 2) + 1
-            )
+        open_requests = Counter(entry.request.client for entry in self._entries.values())
+        full = self._admission.refusal(request.client, open_requests)
+        if full and not request.waited_s:  # else it was accepted once
+            raise Overloaded(full, retry_after_s=int(self._rounds.predicted_drain_s(now_s) / 2) + 1)
         if request.model not in (None, "default", self._info.name):
             raise InvalidRequest("model", f"{request.model!r} is not served, allowed is {self._info.name!r}")
         self._info.check(request)
@@ -314,8 +319,8 @@ class Scheduler:
                 .remote(
                     assignment,
                     entry.request if assignment.kind == "encode" else None,
-                    None if gpu in entry.knows else entry.conditioning,
-                    None if gpu in entry.holders else entry.latents,
+                    boxed(None if gpu in entry.knows else entry.conditioning),
+                    boxed(None if gpu in entry.holders else entry.latents),
                     self._fleet.epoch,
                 )
             )
@@ -344,7 +349,7 @@ class Scheduler:
     ) -> None:
         """Wait for a range and for the one before it of the same request, then count it, or plan it again
         when a GPU was lost, or fail its request."""
-        results = await asyncio.gather(*reports, return_exceptions=True)
+        results = await self._settled(assignment, reports)
         if before is not None:
             await asyncio.wait([before])
         errors = [result for result in results if isinstance(result, BaseException)]
@@ -353,10 +358,14 @@ class Scheduler:
         entry.outstanding -= 1
         if errors or entry.aborting:
             self._rounds.aborted(assignment.seq, now_s)
-            if silent or entry.aborting:
+            entry.knows.difference_update(assignment.gpus)  # who failed has forgotten it
+            for gpu in silent:
+                self._lose(gpu)
+            short = [error for error in errors if isinstance(_cause(error), OutOfMemory)]
+            if short and not entry.aborting and not self._widen(entry, assignment):
+                self._fail(entry, assignment, short[0])
+            elif silent or short or entry.aborting:
                 entry.roll_back()
-                for gpu in silent:
-                    self._lose(gpu)
             else:
                 self._fail(entry, assignment, errors[0])
         else:
@@ -373,11 +382,38 @@ class Scheduler:
             self._release(entry)
         self._wake.set()
 
+    async def _settled(self, assignment: Assignment, reports: list[Any]) -> list[Any]:
+        """What the members of a range report, errors included."""
+        waiting = {
+            asyncio.ensure_future(report): gpu for report, gpu in zip(reports, assignment.gpus, strict=True)
+        }
+        _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        for report in pending:  # a member failed; the others may stand in a kernel that waits for it
+            self._fleet[waiting[report]].leave.remote(assignment.gpus, assignment.seq)
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    def _widen(self, entry: Entry, assignment: Assignment) -> bool:
+        """After a range that ran out of memory: go on at a higher degree. False when there is none."""
+        widened = assignment.kind == "denoise" and self._rounds.widened(
+            entry.id, assignment.degree, self._usable_gpus()
+        )
+        if widened:
+            logger.warning(
+                "request %s ran out of memory at degree %d, going on at a higher one",
+                entry.id,
+                assignment.degree,
+            )
+        return widened
+
     def _fail(self, entry: Entry, assignment: Assignment, error: BaseException) -> None:
         """The request failed by itself; the ones beside and after it go on."""
-        if entry.id in self._entries:
-            cause = getattr(error, "cause", None) or error
-            logger.error("request %s failed in %s: %s", entry.id, assignment.kind, error)
+        if entry.id not in self._entries:
+            return
+        cause = _cause(error)
+        logger.error("request %s failed in %s: %s", entry.id, assignment.kind, error)
+        if isinstance(cause, OutOfMemory):
+            self._end(entry, OutOfMemory(f"{assignment.kind} ran out of memory: {cause.message}"))
+        else:
             self._end(entry, GenerationFailed(f"{assignment.kind} failed: {type(cause).__name__}: {cause}"))
 
     # ---- lost GPUs ----------------------------------------------------------------------------------------
@@ -404,6 +440,7 @@ class Scheduler:
                     logger.error("GPU %d was lost %d times: it is left out", gpu, len(self._losses[gpu]))
                     if len(self._lost) == len(self._fleet):
                         self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
+                    self._strand()
                     return
                 try:
                     others = set(range(len(self._fleet))) - self._lost
@@ -418,6 +455,17 @@ class Scheduler:
         self._last_report_s[gpu] = time.monotonic()
         logger.info("GPU replica %d is back", gpu)
         self._wake.set()
+
+    def _usable_gpus(self) -> int:
+        """All but those left out for good."""
+        return sum(len(self._losses[gpu]) <= MAX_LOSSES for gpu in range(len(self._fleet)))
+
+    def _strand(self) -> None:
+        """End the requests that need more GPUs than there will be."""
+        n_gpus = self._usable_gpus()
+        for request_id in self._rounds.stranded(n_gpus):
+            message = f"its memory needs a higher degree, but {n_gpus} GPUs are left"
+            self._end(self._entries[request_id], OutOfMemory(message))
 
     def _fail_cell(self, reason: str) -> None:
         """The cell cannot go on: every open request goes back to the ingress; Serve replaces the cell."""
@@ -491,6 +539,11 @@ class Scheduler:
         if not task.cancelled() and task.exception() is not None:
             logger.error("a scheduler task failed", exc_info=task.exception())
             self._fail_cell(f"internal error: {task.exception()!r}")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a replica raised, out of Ray's wrapping."""
+    return getattr(error, "cause", None) or error
 
 
 def _quantile(values: Collection[float], share: float) -> float:

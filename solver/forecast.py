@@ -9,15 +9,33 @@ u (b - L) GPU-seconds. Plans are therefore made for a deadline that is nearer by
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import accumulate
 
 from solver.problem import Job, Load, Snapshot
 
 
-def planned_budget_s(budget_s: float, loads: Iterable[Load], n_gpus: int) -> float:
+class Newcomers:
+    """The expected loads, in the order of their SLOs and summed up: hundreds of requests ask about hundreds of loads
+    in every decision."""
+
+    def __init__(self, loads: Iterable[Load]) -> None:
+        ordered = sorted(loads, key=lambda load: load.slo_s)
+        self._slo_s = [load.slo_s for load in ordered]
+        self._gpus = [0.0, *accumulate(load.gpus for load in ordered)]
+        self._gpus_slo_s = [0.0, *accumulate(load.gpus * load.slo_s for load in ordered)]
+
+    def work_before(self, budget_s: float) -> float:
+        """GPU-seconds that are still to come and due before a request that is due in `budget_s`."""
+        earlier = bisect_left(self._slo_s, budget_s)
+        return max(0.0, self._gpus[earlier] * budget_s - self._gpus_slo_s[earlier])
+
+
+def planned_budget_s(budget_s: float, newcomers: Newcomers, n_gpus: int) -> float:
     """Seconds to plan with for a request that is due in `budget_s`."""
-    return budget_s - sum(load.gpus * max(0.0, budget_s - load.slo_s) for load in loads) / n_gpus
+    return budget_s - newcomers.work_before(budget_s) / n_gpus
 
 
 def with_room_for_newcomers(snapshot: Snapshot) -> Snapshot:
@@ -28,12 +46,13 @@ def with_room_for_newcomers(snapshot: Snapshot) -> Snapshot:
     n_gpus = sum(free_s < math.inf for free_s in snapshot.free_at_s)
     if not snapshot.expected or not n_gpus:
         return snapshot
-    jobs = tuple(_planned(job, snapshot.now_s, snapshot.expected, n_gpus) for job in snapshot.jobs)
+    newcomers = Newcomers(snapshot.expected)
+    jobs = tuple(_planned(job, snapshot.now_s, newcomers, n_gpus) for job in snapshot.jobs)
     return replace(snapshot, jobs=jobs)
 
 
-def _planned(job: Job, now_s: float, loads: Iterable[Load], n_gpus: int) -> Job:
+def _planned(job: Job, now_s: float, newcomers: Newcomers, n_gpus: int) -> Job:
     if job.deadline_s == math.inf:
         return job
-    planned = replace(job, deadline_s=now_s + planned_budget_s(job.deadline_s - now_s, loads, n_gpus))
+    planned = replace(job, deadline_s=now_s + planned_budget_s(job.deadline_s - now_s, newcomers, n_gpus))
     return job if planned.is_late(now_s) else planned

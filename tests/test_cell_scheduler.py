@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 from deployments.config import AppArgs
 from deployments.scheduler import Scheduler
 from solver.problem import Job, Packing, Phase, Snapshot
-from tetriserve.errors import NotReady
-from tetriserve.request import GenerateRequest
+from tetriserve.errors import NotReady, Overloaded
+from tetriserve.profile import Profile
+from tetriserve.request import GenerateRequest, ModelInfo, Shape
+from tetriserve.scheduler import RoundScheduler
 
 ARGS = AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}, "scheduler": {"solver_time_limit_s": 0.05}})
+
+INFO = ModelInfo("m", "flux", 16, 16, 64, 4, "true_cfg_scale", 4096, 1 << 20, 2048, 8, 200, 3.5, 100)
 
 SNAPSHOT = Snapshot(
     now_s=0.0,
@@ -74,6 +79,50 @@ def test_a_failing_solver_is_replaced_by_the_fallback() -> None:
         scheduler = scheduler_with(Failing())
         assert (await scheduler._pack(SNAPSHOT)).entries
         assert scheduler.fallbacks == 1
+
+    asyncio.run(run())
+
+
+def ready(**settings: Any) -> Scheduler:
+    """A cell with one client's key that admits and never plans."""
+    args = {"cell": {"gpus": 2, "device": "cpu"}, "http": {"api_keys_env": "X"}, "scheduler": settings}
+    scheduler = Scheduler(AppArgs.parse(args), None)  # type: ignore[arg-type]
+    scheduler._failure, scheduler._info = "", INFO
+    scheduler._profile = Profile("m", "d", "made up", (1,), {Shape(256, 256): {1: 0.5}})
+    scheduler._rounds = RoundScheduler(Hanging(), 2)
+    return scheduler
+
+
+def test_the_flood_of_a_client_is_refused_and_the_next_client_is_not() -> None:
+    async def run() -> None:
+        scheduler = ready(max_open_requests=16)
+        numbers = itertools.count()
+
+        def ask(client: str | None, **more: Any) -> None:
+            identity = f"r{next(numbers)}"
+            request = GenerateRequest("a", 256, 256, 4, seed=0, request_id=identity, client=client, **more)
+            scheduler._join(request, "call")
+
+        for _ in range(14):
+            ask("a")
+        with pytest.raises(
+            Overloaded, match="14 requests of this client are open, its share is 14, and the"
+        ) as full:
+            ask("a")
+        assert full.value.retry_after_s > 1 and full.value.code == "queue_full"
+        ask("b")
+        ask(None)
+        with pytest.raises(Overloaded, match="16 requests are open, allowed are 16"):
+            ask("b")
+        ask("b", waited_s=1.0)  # another cell had accepted it
+
+        scheduler = ready(max_open_requests=16, max_open_per_client=2)
+        for client in ("a", "a", "b"):
+            ask(client)
+        with pytest.raises(Overloaded, match="2 requests of this client are open, allowed are 2"):
+            ask("a")
+        assert await scheduler.cancel(scheduler._rounds.open_ids[0], "call")
+        ask("a")
 
     asyncio.run(run())
 

@@ -37,7 +37,7 @@ def test_file(file: Path) -> None:
     assert schema.proxy_location == ProxyLocation.EveryNode
     assert (application.name, application.route_prefix) == ("tetriserve", "/")
     deployments = graph(application.args)
-    assert set(deployments) == {"Ingress", "Cell"}
+    assert set(deployments) == {"Ingress", "Cell", "Pictures"}
     assert {override.name for override in application.deployments} <= set(deployments)
     if args.cell.device == "cpu":
         assert schema.http_options.host == "127.0.0.1"

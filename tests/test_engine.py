@@ -14,6 +14,7 @@ from model_folders import tiny_flux, tiny_sd3
 from replica_pool import ReplicaPool
 
 from tetriserve.engine.attention import attention_kernel
+from tetriserve.engine.engine import is_out_of_memory
 from tetriserve.errors import ConfigError
 from tetriserve.models.adapter import ModelLimits
 from tetriserve.models.load import load_model
@@ -247,6 +248,42 @@ def test_latents_that_are_no_numbers_end_their_request_only(pool) -> None:
     journey = Journey(pool, model, request, gpu=0)
     journey.run((0, 1), 2)
     journey.finish(0)
+
+
+def test_a_member_that_fails_leaves_nobody_waiting_and_the_group_is_built_anew(pool, plain) -> None:
+    """GPU 1 cannot begin, GPU 0 waits for it inside a step; both give up, and the next range is sound."""
+    model, request = REQUESTS["odd"]
+    journey = Journey(pool, model, request, gpu=0)
+    pool.send(0, model, "denoise", journey.id, (0, 1), 0, 2, None, None, 0, 50)
+    with pytest.raises(RuntimeError, match="no state on GPU 1"):
+        pool.call((1,), model, "denoise", journey.id, (0, 1), 0, 2, None, None, 0, 50)
+    pool.call((1,), model, "abandon", journey.id, (0, 1), 50)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        pool.receive(0)
+    pool.call((0,), model, "abandon", journey.id, (0, 1), 50)
+    with pytest.raises(RuntimeError, match="no state on GPU 0"):
+        pool.call((0,), model, "decode", journey.id)
+    journey.knows, journey.holders = set(), set()
+    for gpu in (0, 1):
+        arguments = (journey.id, (0, 1), 0, 2, journey.conditioning, journey.latents, 0, 51)
+        pool.send(gpu, model, "denoise", *arguments)
+    for gpu in (0, 1):
+        pool.receive(gpu)
+    pool.call((0,), model, "abandon", "another", (0, 1), 50)  # late news of what was cleared up
+    journey.latents = pool.call((0,), model, "pack", journey.id)[0]
+    journey.knows, journey.holders, journey.step = {0, 1}, {0, 1}, 2
+    journey.run((0, 1), STEPS - 2)
+    assert_same(journey, journey.finish(2), plain(model, request))
+
+
+def test_memory_errors_are_told_from_others() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("boom"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
 
 
 def test_measure_times_every_phase(pool) -> None:

@@ -6,12 +6,11 @@ import asyncio
 import base64
 import io
 import json
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
+from http_app import PICTURE, READY, STARTING, URL, Cell, ask, check_error, ingress, listening, post
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,156 +27,9 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api import ImageRequest
-from deployments.config import AppArgs
-from deployments.ingress import MAX_RESUBMISSIONS, Ingress, build_http
+from deployments.ingress import MAX_RESUBMISSIONS, build_http
 from tetriserve import errors
-from tetriserve.request import (
-    CellStatus,
-    Execution,
-    GenerateRequest,
-    GenerateResult,
-    Metrics,
-    ModelInfo,
-    Progress,
-    StepRange,
-)
-
-INFO = ModelInfo(
-    name="lab/tiny",
-    family="flux",
-    size_multiple=16,
-    token_pixels=16,
-    text_tokens=64,
-    heads=4,
-    cfg_field="true_cfg_scale",
-    min_pixels=64 * 64,
-    max_pixels=1024 * 1024,
-    max_side=2048,
-    default_steps=8,
-    max_steps=200,
-    default_guidance_scale=3.5,
-    max_prompt_chars=100,
-)
-READY = CellStatus(True, "", 2, 2, 0, 0, "ilp")
-STARTING = CellStatus(False, "measuring step times", 2, 0, 0, 0, "ilp")
-URL = "/v1/images/generations"
-PICTURE = {"prompt": "a red circle", "size": "64x96"}
-
-
-class Call:
-    """Stand-in of a DeploymentResponse."""
-
-    def __init__(self, work: Any, cancelled: Callable[[], None]) -> None:
-        self._task = asyncio.ensure_future(work)
-        self._cancelled = cancelled
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._task.__await__()
-
-    def cancel(self) -> None:
-        self._cancelled()
-        self._task.cancel()
-
-
-class Method:
-    def __init__(self, remote: Callable[..., Any]) -> None:
-        self.remote = remote
-
-
-class Cell:
-    """Stand-in of a DeploymentHandle: remembers the requests, answers at once with a grey picture."""
-
-    def __init__(self, *statuses: CellStatus, error: BaseException | None = None, delay_s: float = 0) -> None:
-        self.statuses = list(statuses or [READY])
-        self.error = error
-        self.losses: list[Exception] = []
-        self.delay_s = delay_s
-        self.requests: list[GenerateRequest] = []
-        self.cancelled: list[str | None] = []
-        self.unavailable: BaseException | None = None
-        self.silent = False
-
-    @property
-    def generate(self) -> Method:
-        return Method(lambda request: Call(self._generate(request), self._forget(request)))
-
-    @property
-    def model_info(self) -> Method:
-        return Method(lambda: Call(self._soon(INFO), lambda: None))
-
-    @property
-    def status(self) -> Method:
-        return Method(lambda: Call(self._soon(self.statuses[0]), lambda: None))
-
-    @property
-    def stream(self) -> Method:
-        return Method(self._stream)
-
-    def options(self, stream: bool) -> Cell:
-        assert stream
-        return self
-
-    def broadcast(self, method: str) -> Cell:
-        assert method == "status"
-        return self
-
-    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[CellStatus]:
-        if self.unavailable:
-            raise self.unavailable
-        try:
-            await asyncio.wait_for(self._soon(None), timeout_s)
-        except asyncio.TimeoutError:
-            raise TimeoutError from None
-        return self.statuses
-
-    async def _soon(self, value: Any) -> Any:
-        await asyncio.sleep(1000 if self.silent else 0)
-        return value
-
-    def _forget(self, request: GenerateRequest) -> Callable[[], None]:
-        return lambda: self.cancelled.append(request.request_id)
-
-    async def _generate(self, request: GenerateRequest) -> GenerateResult:
-        self.requests.append(request)
-        INFO.check(request)
-        if self.losses:
-            raise self.losses.pop(0)
-        slow = self.delay_s * len(self.requests)
-        await asyncio.sleep(slow)
-        if self.error is not None and len(self.requests) > 1 - (self.delay_s == 0):
-            raise self.error
-        seed = 7 if request.seed is None else request.seed
-        met = None if request.slo_s is None else slow < request.slo_s
-        steps = (StepRange(6, 1, (0,)), StepRange(2, 2, (0, 1)))
-        ran = Execution("denoise", 4, (0,), 1700000000.0, 1700000000.3)
-        metrics = Metrics(0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20)
-        image = np.full((request.height, request.width, 3), 128, np.uint8)
-        return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)
-
-    async def _stream(self, request: GenerateRequest) -> Any:
-        yield Progress(request.request_id or "r", "denoise", 4, 8)
-        yield await self._generate(request)
-
-
-def ingress(cell: Cell, **http: Any) -> Ingress:
-    handle: Any = cell
-    return Ingress(handle, AppArgs.parse({"http": http}))
-
-
-def ask(
-    cell: Cell, method: str, path: str, limits: dict[str, Any] | None = None, **options: Any
-) -> httpx.Response:
-    async def run() -> httpx.Response:
-        app = build_http(ingress(cell, **(limits or {})))
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, **options)
-
-    return asyncio.run(run())
-
-
-def post(cell: Cell | None = None, **fields: Any) -> httpx.Response:
-    return ask(cell or Cell(), "POST", URL, json=fields)
+from tetriserve.request import GenerateRequest, GenerateResult, Progress
 
 
 def sent(**fields: Any) -> GenerateRequest:
@@ -186,15 +38,6 @@ def sent(**fields: Any) -> GenerateRequest:
     answer = post(cell, **{**PICTURE, **fields})
     assert answer.status_code == 200, answer.text
     return cell.requests[0]
-
-
-def check_error(answer: httpx.Response, status: int, code: str, param: str | None = None) -> str:
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
-    assert set(error) == {"message", "type", "param", "code"}
-    kind = {401: "authentication_error", 500: "server_error", 503: "server_error"}
-    assert error["type"] == kind.get(status, "invalid_request_error")
-    return str(error["message"])
 
 
 def test_response_has_every_field_of_the_contract() -> None:
@@ -324,7 +167,7 @@ def test_n_pictures_get_consecutive_seeds_and_their_own_metrics() -> None:
 
 
 def test_first_failure_of_n_cancels_the_others() -> None:
-    cell = Cell(error=errors.GenerationFailed("out of memory"), delay_s=0.02)
+    cell = Cell(error=errors.GenerationFailed("out of memory"), delay_s=0.2)
     message = check_error(post(cell, **PICTURE, n=4), 500, "generation_failed")
     assert message == "out of memory"
     assert len(cell.cancelled) == 3
@@ -349,7 +192,7 @@ def test_first_failure_of_n_cancels_the_others() -> None:
         ({"n": 0}, "n"),
         ({"n": 11}, "n"),
         ({"n": 1.5}, "n"),
-        ({"response_format": "url"}, "response_format"),
+        ({"response_format": "file"}, "response_format"),
         ({"output_format": "gif"}, "output_format"),
         ({"output_compression": 101}, "output_compression"),
         ({"output_quality": "best"}, "output_quality"),
@@ -378,10 +221,6 @@ def test_first_failure_of_n_cancels_the_others() -> None:
 def test_wrong_fields_are_named(fields: dict[str, Any], param: str) -> None:
     message = check_error(post(**{**PICTURE, **fields}), 400, "invalid_value", param)
     assert message.startswith(f"{param}: ")
-
-
-def test_url_results_are_refused_with_what_is_allowed() -> None:
-    assert "b64_json" in post(**PICTURE, response_format="url").json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -576,6 +415,31 @@ def test_api_keys(monkeypatch: pytest.MonkeyPatch, header: str | bytes | None, s
     assert ask(cell, "GET", "/health", http).status_code == 200
 
 
+def test_the_cell_learns_whose_request_it_is_but_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_KEYS", KEYS)
+
+    def client(header: str, **http: Any) -> str | None:
+        cell = Cell()
+        assert (
+            ask(cell, "POST", URL, http, json=PICTURE, headers={"Authorization": header}).status_code == 200
+        )
+        assert header.split()[1] not in repr(cell.requests) + str(cell.requests[0].client)
+        assert cell.requests[0].client is None or cell.requests[0].client not in repr(cell.requests)
+        return cell.requests[0].client
+
+    keyed = {"api_keys_env": "TEST_KEYS"}
+    first, again, second = (
+        client(header, **keyed)
+        for header in (
+            "Bearer first-key-0123456789",
+            "bearer  first-key-0123456789 ",
+            "Bearer second-key-9876543210",
+        )
+    )
+    assert first == again and first is not None and second not in (None, first)
+    assert client("Bearer first-key-0123456789") is None  # without keys all are one client
+
+
 def test_api_keys_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text("# one per line\n\nfrom-the-file-0123456789\n")
@@ -697,25 +561,8 @@ def test_ingress_process_stays_light() -> None:
 @pytest.fixture
 def served() -> Iterator[Callable[[Cell], str]]:
     """Runs the app on a real socket; gives its base URL."""
-    stops: list[Callable[[], None]] = []
-
-    def start(cell: Cell) -> str:
-        sock = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(build_http(ingress(cell)), log_level="warning"))
-        run: Awaitable[None] = server.serve(sockets=[sock])
-        thread = threading.Thread(target=asyncio.run, args=(run,), daemon=True)
-        thread.start()
-
-        def stop() -> None:
-            server.should_exit = True
-            thread.join(5)
-
-        stops.append(stop)
-        return f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
-
-    yield start
-    for stop in stops:
-        stop()
+    with ExitStack() as stack:
+        yield lambda cell: stack.enter_context(listening(ingress(cell))) + "/v1"
 
 
 def test_openai_client(served: Callable[[Cell], str]) -> None:

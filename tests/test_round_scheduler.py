@@ -291,6 +291,48 @@ def test_a_plan_that_only_begins_a_request_rejects_nothing() -> None:
     assert rounds.infeasible(snapshot, rounds.policy(snapshot)) == []
 
 
+POLICY_NAMES = ["ilp", "dp", "sp1", "sp2", "sp4", "rssp", "edf"]
+
+
+@pytest.mark.parametrize("too_narrow", [1, 2])
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_after_out_of_memory_only_wider_degrees_are_planned(name: str, too_narrow: int) -> None:
+    """From the last confirmed step; the others keep their degrees."""
+    rounds = RoundScheduler(make_policy(name), 4)
+    rounds.arrived("large", (Phase("denoise", 10, STEP_S), Phase("decode", 1, {1: 0.1})), 0.0, 60.0)
+    now_s = 0.0
+    (first,) = rounds.plan(now_s).assignments
+    now_s = first.end_s
+    assert not rounds.finished(first.seq, now_s)
+    (failed,) = rounds.plan(now_s).assignments
+    rounds.aborted(failed.seq, now_s)
+    assert rounds.widened("large", too_narrow, 4)
+    rounds.arrived("other", (Phase("denoise", 4, STEP_S),), now_s, now_s + 60.0)
+    resumed = {}
+    for _ in range(100):
+        for assignment in rounds.plan(now_s).assignments:
+            (request_id,) = assignment.request_ids
+            resumed.setdefault(request_id, assignment)
+            assert request_id == "other" or assignment.kind == "decode" or assignment.degree > too_narrow
+        if not rounds.running:
+            break
+        ends_first = min(rounds.running, key=lambda assignment: (assignment.end_s, assignment.seq))
+        now_s = max(now_s, ends_first.end_s)
+        rounds.finished(ends_first.seq, now_s)
+    assert rounds.open_ids == []
+    assert resumed["large"].first_step == first.steps
+
+
+def test_what_no_degree_can_hold_is_said() -> None:
+    rounds = RoundScheduler(Alone(), 4)
+    rounds.arrived("a", chain(3), 0.0)
+    assert rounds.widened("a", 1, 4) and rounds.stranded(2) == [] and rounds.stranded(1) == ["a"]
+    assert not rounds.widened("a", 2, 2)  # degree 4 needs four GPUs
+    assert rounds.stranded(2) == []  # a refusal changes nothing
+    assert not rounds.widened("a", 4, 4)
+    assert not rounds.widened("unknown", 1, 4)
+
+
 def test_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="n_gpus"):
         RoundScheduler(Alone(), 0)

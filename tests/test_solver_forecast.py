@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solver.forecast import planned_budget_s, with_room_for_newcomers
+from solver.forecast import Newcomers, planned_budget_s, with_room_for_newcomers
 from solver.ilp import IlpPolicy
 from solver.problem import Job, Load, Packing, Phase, Snapshot
 from tetriserve.load import WINDOW_S, RecentLoad
@@ -30,13 +30,25 @@ def job(steps: int, due_in_s: float) -> Job:
     return Job("a", 100.0, 100.0 + due_in_s, 100.0, (Phase("denoise", steps, LARGE),))
 
 
+LOADS = st.lists(st.tuples(st.floats(0.1, 1e3), st.floats(0.0, 10.0)).map(lambda pair: Load(*pair)))
+
+
+@given(st.floats(-1e3, 1e4), LOADS, st.booleans())
+def test_running_sums_are_the_plain_formula(budget_s: float, loads: list[Load], at_a_load: bool) -> None:
+    """Load by load, also for a budget that is the SLO of one of them."""
+    if at_a_load and loads:
+        budget_s = loads[0].slo_s
+    plain = sum(load.gpus * max(0.0, budget_s - load.slo_s) for load in loads)
+    assert Newcomers(loads).work_before(budget_s) == pytest.approx(plain, rel=1e-9, abs=1e-6)
+
+
 @given(
     st.floats(0.0, 1e4),
-    st.lists(st.tuples(st.floats(0.1, 1e3), st.floats(0.0, 10.0)).map(lambda pair: Load(*pair))),
+    LOADS,
     st.integers(1, 64),
 )
 def test_only_those_due_earlier_take_room(budget_s: float, loads: list[Load], n_gpus: int) -> None:
-    planned_s = planned_budget_s(budget_s, loads, n_gpus)
+    planned_s = planned_budget_s(budget_s, Newcomers(loads), n_gpus)
     assert planned_s <= budget_s
     if all(load.slo_s >= budget_s for load in loads):
         assert planned_s == budget_s
@@ -46,7 +58,7 @@ def test_only_those_due_earlier_take_room(budget_s: float, loads: list[Load], n_
 
 def test_a_request_gives_way_to_half_the_board() -> None:
     """Newcomers due within 10 s that keep 2 of 4 GPUs busy take half of what lies between 10 and 90 s."""
-    assert planned_budget_s(90.0, [Load(10.0, 2.0)], 4) == pytest.approx(50.0)
+    assert planned_budget_s(90.0, Newcomers([Load(10.0, 2.0)]), 4) == pytest.approx(50.0)
     planned = with_room_for_newcomers(snapshot(job(10, 90.0), expected=(Load(10.0, 2.0),)))
     assert planned.jobs[0].deadline_s == pytest.approx(150.0)
     fewer = with_room_for_newcomers(snapshot(job(10, 90.0), expected=(Load(10.0, 2.0),), lost=1))

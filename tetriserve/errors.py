@@ -26,7 +26,13 @@ class InvalidRequest(TetriserveError):
         return type(self), (self.field, self.message.removeprefix(f"{self.field}: "))
 
 
-class ModelNotFound(InvalidRequest):
+class NotFound(InvalidRequest):
+    """`field` names something that is not there, or not any more (HTTP 404)."""
+
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
     """`model` names something this server does not serve (HTTP 404)."""
 
     code = "model_not_found"
@@ -67,6 +73,12 @@ class GenerationFailed(TetriserveError):
     """The request was accepted but could not be finished; the message says why (HTTP 500)."""
 
     code = "generation_failed"
+
+
+class OutOfMemory(GenerationFailed):
+    """A phase did not fit into memory at any degree that it may run at (HTTP 500)."""
+
+    code = "out_of_memory"
 
 
 class CellLost(GenerationFailed):

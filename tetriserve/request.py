@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from tetriserve.errors import InvalidRequest
@@ -52,6 +52,8 @@ class GenerateRequest:
         request_id: made by the server when None; must be unique among open requests.
         repeatable: the caller may send it again under the same `request_id`, and gets the same result while it is
             open and for some minutes after.
+        client: whose it is, for limits and fairness; filled in by the HTTP edge (never an API key itself), None is a
+            client too.
         waited_s: seconds since it arrived, when a cell was lost and it is submitted again; filled in by the server.
     """
 
@@ -71,6 +73,7 @@ class GenerateRequest:
     request_id: str | None = None
     user: str | None = None
     repeatable: bool = False
+    client: str | None = field(default=None, repr=False)
     waited_s: float = 0.0
 
     @property

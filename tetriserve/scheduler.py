@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot
 from tetriserve.load import RecentLoad
@@ -101,6 +101,10 @@ class _Open:
                 return skip
             skip -= phase.steps
         return 0
+
+
+def _fits(phases: Iterable[Phase], n_gpus: int) -> bool:
+    return all(any(degree <= n_gpus for degree in phase.step_s) for phase in phases)
 
 
 class RoundScheduler:
@@ -209,6 +213,27 @@ class RoundScheduler:
             if not request.aborting:
                 request.committed = request.confirmed
         self._predict(now_s)
+
+    def widened(self, request_id: str, degree: int, n_gpus: int) -> bool:
+        """Its denoising steps do not fit into memory at `degree`: from now on only wider ones are planned.
+
+        False, and nothing is changed, when it is not open or no wider degree fits `n_gpus` GPUs.
+        """
+        request = self._open.get(request_id)
+        if request is None:
+            return False
+        phases = tuple(
+            replace(p, step_s={d: s for d, s in p.step_s.items() if d > degree}) if p.kind == "denoise" else p
+            for p in request.phases
+        )
+        if not _fits(phases, n_gpus):
+            return False
+        request.phases = phases
+        return True
+
+    def stranded(self, n_gpus: int) -> list[str]:
+        """Requests that cannot run when only `n_gpus` GPUs are left; the caller ends and cancels them."""
+        return [request.id for request in self._open.values() if not _fits(request.phases, n_gpus)]
 
     def cancelled(self, request_id: str) -> bool:
         """Forget an open request; ranges already committed still run. False when it is not open."""

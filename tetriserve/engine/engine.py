@@ -21,6 +21,16 @@ from tetriserve.engine.report import Report
 from tetriserve.models.adapter import ModelAdapter, RequestState
 from tetriserve.request import GenerateRequest, Shape
 
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What the CPU's allocator and CUDA's libraries say in a RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, on the device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
 
 class Engine:
     """Keeps the states of the requests that ran on this GPU last, and runs their next phases.
@@ -56,16 +66,17 @@ class Engine:
         conditioning: Conditioning | None = None,
         latents: Latents | None = None,
         epoch: int = 0,
+        seq: int = 0,
     ) -> Report:
-        """Run `steps` steps from `first_step` over `gpus`; the state stays here, on every member.
+        """Run `steps` steps from `first_step` over `gpus`, as range `seq`; the state stays here, on every member.
 
         `conditioning` and `latents` are needed only where this GPU does not hold them already.
         Raises RuntimeError when the state at hand is not at `first_step`, FloatingPointError when the latents
-        are no numbers any more.
+        are no numbers any more, and whatever a step raises.
         """
         started_s = self._start()
+        group = self.groups.group(gpus, epoch, seq)
         state = self._state(request_id, first_step, conditioning, latents)
-        group = self.groups.group(gpus, epoch)
         switched_s = time.time()
         info = self.adapter.info
         with self.adapter.sequence_parallel.over(group, info.tokens(state.request.shape), info.text_tokens):
@@ -100,6 +111,16 @@ class Engine:
         """Forget a request; unknown ids are ignored."""
         self._states.pop(request_id, None)
         self._conditioning.pop(request_id, None)
+
+    def abandon(self, request_id: str, gpus: tuple[int, ...], seq: int) -> None:
+        """Range `seq` over `gpus` failed here: leave their group, forget the request, give its memory back.
+
+        The other members, who may wait for this one, then fail too and do the same.
+        """
+        self.groups.leave(gpus, seq)
+        self.release(request_id)
+        if self.adapter.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def measure(

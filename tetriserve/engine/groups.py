@@ -2,6 +2,8 @@
 
 Aligned sets (pairs, fours, eights) exist from `connect` on; other sets are made when a plan first needs them.
 Size-1 groups are never built: one NCCL communicator costs half a gigabyte (peers.md, section 6).
+After a failed range all its members leave their group: who stopped where is unknown, and the next range over it
+would meet messages of the failed one. The range that needs the set next builds it anew.
 
 torch's backends are used directly, without its default process group: `new_group` must either be called by
 the whole world or derives the group's name from a counter that differs between ranks with different sets,
@@ -27,13 +29,14 @@ LOOPBACK = "127.0.0.1"
 """A cell lives on one node: nothing of it listens on the network."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SPGroup:
-    """A GPU set that runs one step together; `rank` is this GPU's place in it."""
+    """A GPU set that runs one step together; `rank` is this GPU's place in it, `seq` the range that built it."""
 
     gpus: tuple[int, ...]
     rank: int
     backend: Any
+    seq: int = -1
 
     @property
     def degree(self) -> int:
@@ -55,6 +58,20 @@ class SPGroup:
         got = sent.new_empty(sum(rows), *sent.shape[1:])
         self.backend.alltoall_base(got, sent, list(rows), list(sent_rows)).wait()
         return got
+
+    def agree(self, device: torch.device) -> None:
+        """Return when all members got here. Raises RuntimeError when one failed before."""
+        ones = [1] * self.degree
+        # zeros stay where an aborted kernel brought nothing
+        got = torch.zeros(self.degree, device=device)
+        self.backend.alltoall_base(got, torch.ones_like(got), ones, ones).wait()
+        if not got.all():
+            raise RuntimeError(f"a member of {self.gpus} failed")
+
+    def close(self) -> None:
+        """Leave; gloo's other members fail at once, NCCL's when they are told to leave."""
+        self.backend.abort()
+        self.backend = None  # gloo hangs up when the object goes away
 
 
 def open_store() -> tuple[int, dist.TCPStore]:
@@ -90,10 +107,14 @@ class GroupTable:
         """Build those of `sets` that hold this GPU; every member must do the same."""
         for gpus in sets:
             if self.gpu in gpus:
-                self.group(gpus, epoch)
+                self.group(gpus, epoch, -1)
 
-    def group(self, gpus: tuple[int, ...], epoch: int) -> SPGroup | None:
-        """The group of a GPU set that holds this GPU, made and warmed on first use; None for a single GPU."""
+    def group(self, gpus: tuple[int, ...], epoch: int, seq: int) -> SPGroup | None:
+        """The group of a GPU set that holds this GPU, made and warmed on first use; None for a single GPU.
+
+        `seq` is the range that asks, the same on all members: they meet under it, since names in a store are
+        good for one meeting only.
+        """
         if len(gpus) == 1:
             return None
         found = self._groups.get(gpus)
@@ -101,8 +122,9 @@ class GroupTable:
             if epoch not in self._stores:
                 raise RuntimeError(f"GPU {self.gpu} has not joined epoch {epoch} of its cell")
             rank = gpus.index(self.gpu)
-            store = dist.PrefixStore("-".join(map(str, gpus)), self._stores[epoch])
-            found = SPGroup(gpus, rank, self._backend(store, rank, len(gpus)))
+            name = "-".join(map(str, gpus))
+            store = dist.PrefixStore(f"{name}@{seq}", self._stores[epoch])
+            found = SPGroup(gpus, rank, self._backend(store, rank, len(gpus)), seq)
             ones = [1] * len(gpus)
             found.all_to_all(torch.zeros(len(gpus), device=self.device), ones, ones)
             self._groups[gpus] = found
@@ -111,12 +133,19 @@ class GroupTable:
     def drop(self, gpu: int) -> None:
         """Tear down the groups that a lost GPU was in; weights, request states and other groups stay."""
         for gpus in [gpus for gpus in self._groups if gpu in gpus]:
-            self._groups.pop(gpus).backend.abort()
+            self._groups.pop(gpus).close()
+
+    def leave(self, gpus: tuple[int, ...], seq: int) -> None:
+        """Range `seq` over a set failed: tear its group down, unless a later range built it."""
+        found = self._groups.get(gpus)
+        if found is not None and found.seq <= seq:
+            del self._groups[gpus]
+            found.close()
 
     def close(self) -> None:
         """Leave the cell."""
         for group in self._groups.values():
-            group.backend.abort()
+            group.close()
         self._groups.clear()
         self._stores.clear()
 

@@ -1,0 +1,164 @@
+"""What the routes answer, for the OpenAPI document.
+
+The bodies themselves are made in `api` and `ingress`; the tests hold both against each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tetriserve.request import CellStatus, ModelInfo
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ErrorDetail(_Answer):
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "server_error"]
+    param: str | None = Field(description="The field that is wrong, where there is one.")
+    code: str
+
+
+class ErrorAnswer(_Answer):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+
+class StageDurations(_Answer):
+    """Seconds; queue is all the time in which nothing ran."""
+
+    queue: float
+    encode: float
+    denoise: float
+    decode: float
+    total: float
+
+
+class Range(_Answer):
+    """Denoising steps that ran on the same GPUs."""
+
+    steps: int
+    degree: int
+    gpus: list[int]
+
+
+class Run(_Answer):
+    """One step range as it ran; Unix seconds."""
+
+    kind: Literal["encode", "denoise", "decode"]
+    steps: int
+    gpus: list[int]
+    start_s: float
+    end_s: float
+
+
+class MetricsAnswer(_Answer):
+    stage_durations: StageDurations
+    slo_s: float | None
+    slo_met: bool | None
+    steps: list[Range]
+    schedule: list[Run]
+    seed: int
+    peak_memory_mb: float
+
+
+class PictureAnswer(_Answer):
+    """One of `b64_json` and `url`, as `response_format` asked."""
+
+    b64_json: str = Field("", description="The file in base64.")
+    url: str = Field("", description="Where the file is for a while; no key is needed there.")
+    revised_prompt: str | None
+    metrics: MetricsAnswer
+
+
+class Usage(_Answer):
+    peak_memory_mb: float
+
+
+class ImagesAnswer(_Answer):
+    """The pictures, and the metrics of the slowest."""
+
+    id: str
+    created: int
+    model: str
+    data: list[PictureAnswer]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str
+    metrics: MetricsAnswer
+    inference_time_s: float
+    peak_memory_mb: float
+    usage: Usage
+
+
+class ModelAnswer(_Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelsAnswer(_Answer):
+    object: Literal["list"]
+    data: list[ModelAnswer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfoAnswer(ModelInfo):
+    """Task, name and limits of the model."""
+
+    task: Literal["image"]
+
+
+class HealthAnswer(_Answer):
+    status: Literal["ready", "not_ready"]
+    reason: str
+    cells: list[CellStatus]
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+_FILE = {"schema": {"type": "string", "format": "binary"}}
+_RETRY = {
+    "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds; absent when it will not help."}
+}
+
+ERRORS: Responses = {
+    401: {"model": ErrorAnswer, "description": "No API key of this server."},
+    500: {"model": ErrorAnswer, "description": "This request failed; later ones are not affected."},
+    503: {
+        "model": ErrorAnswer,
+        "description": "Full, not ready, or too late by its own wish.",
+        "headers": _RETRY,
+    },
+    "4XX": {"model": ErrorAnswer, "description": "Any other fault of the request."},
+}
+IMAGES: Responses = ERRORS | {
+    200: {"model": ImagesAnswer},
+    400: {"model": ErrorAnswer, "description": "`param` names the field, the message what is allowed."},
+    404: {"model": ErrorAnswer, "description": "A model that is not served here."},
+    413: {"model": ErrorAnswer, "description": "The body is too large."},
+}
+MODELS: Responses = ERRORS | {200: {"model": ModelsAnswer}}
+MODEL: Responses = ERRORS | {
+    200: {"model": ModelAnswer},
+    404: {"model": ErrorAnswer, "description": "A model that is not served here."},
+}
+MODEL_INFO: Responses = ERRORS | {200: {"model": ModelInfoAnswer}}
+PICTURE: Responses = {
+    200: {"content": {"image/png": _FILE, "image/jpeg": _FILE, "image/webp": _FILE}},
+    404: {"model": ErrorAnswer, "description": "Nothing has this URL, or it has expired."},
+    500: ERRORS[500],
+    503: ERRORS[503],
+    "4XX": ERRORS["4XX"],
+}
+HEALTH: Responses = {
+    200: {"model": HealthAnswer},
+    503: {"model": HealthAnswer, "description": "No cell can run steps.", "headers": _RETRY},
+    "4XX": ERRORS["4XX"],
+}

@@ -1,0 +1,48 @@
+"""Pictures behind URLs: one small store for all ingress replicas, so that each of them can answer for any URL."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from deployments.config import HTTPArgs
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture and what it is encoded as, for example "image/png"."""
+
+    content: bytes
+    media_type: str
+
+
+class Pictures:
+    """Serve deployment of one replica. Keeps each picture for `url_ttl_s` and all of them within `url_max_bytes`,
+    the oldest go first. What it held is gone when its process dies: a URL is no archive."""
+
+    def __init__(self, http: HTTPArgs) -> None:
+        self._ttl_s = http.url_ttl_s
+        self._max_bytes = http.url_max_bytes
+        self._kept: dict[tuple[str, str], tuple[float, Picture]] = {}
+        self._bytes = 0
+
+    async def keep(self, picture_id: str, token: str, picture: Picture) -> None:
+        """Have a picture for whoever knows its id and its token."""
+        self._kept[picture_id, token] = (time.monotonic() + self._ttl_s, picture)
+        self._bytes += len(picture.content)
+        self._forget()
+
+    async def get(self, picture_id: str, token: str) -> Picture | None:
+        """The picture; None when there is none, or none any more."""
+        self._forget()
+        return self._kept.get((picture_id, token), (0.0, None))[1]
+
+    def _forget(self) -> None:
+        now_s = time.monotonic()
+        while self._kept:
+            oldest = next(iter(self._kept))  # all have the same time to live
+            until_s, picture = self._kept[oldest]
+            if until_s > now_s and self._bytes <= self._max_bytes:
+                return
+            del self._kept[oldest]
+            self._bytes -= len(picture.content)

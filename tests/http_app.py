@@ -1,0 +1,196 @@
+"""The HTTP app in the test's own process, over a stand-in for the cell."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+
+from deployments.config import AppArgs
+from deployments.ingress import Ingress, build_http
+from deployments.pictures import Pictures
+from tetriserve.request import (
+    CellStatus,
+    Execution,
+    GenerateRequest,
+    GenerateResult,
+    Metrics,
+    ModelInfo,
+    Progress,
+    StepRange,
+)
+
+INFO = ModelInfo(
+    name="lab/tiny",
+    family="flux",
+    size_multiple=16,
+    token_pixels=16,
+    text_tokens=64,
+    heads=4,
+    cfg_field="true_cfg_scale",
+    min_pixels=64 * 64,
+    max_pixels=1024 * 1024,
+    max_side=2048,
+    default_steps=8,
+    max_steps=200,
+    default_guidance_scale=3.5,
+    max_prompt_chars=100,
+)
+READY = CellStatus(True, "", 2, 2, 0, 0, "ilp")
+STARTING = CellStatus(False, "measuring step times", 2, 0, 0, 0, "ilp")
+URL = "/v1/images/generations"
+PICTURE = {"prompt": "a red circle", "size": "64x96"}
+
+
+class Call:
+    """Stand-in of a DeploymentResponse."""
+
+    def __init__(self, work: Any, cancelled: Callable[[], None]) -> None:
+        self._task = asyncio.ensure_future(work)
+        self._cancelled = cancelled
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._task.__await__()
+
+    def cancel(self) -> None:
+        self._cancelled()
+        self._task.cancel()
+
+
+class Method:
+    def __init__(self, remote: Callable[..., Any]) -> None:
+        self.remote = remote
+
+
+class Cell:
+    """Stand-in of a DeploymentHandle: remembers the requests, answers at once with a grey picture."""
+
+    def __init__(self, *statuses: CellStatus, error: BaseException | None = None, delay_s: float = 0) -> None:
+        self.statuses = list(statuses or [READY])
+        self.error = error
+        self.losses: list[Exception] = []
+        self.delay_s = delay_s
+        self.requests: list[GenerateRequest] = []
+        self.cancelled: list[str | None] = []
+        self.unavailable: BaseException | None = None
+        self.silent = False
+
+    @property
+    def generate(self) -> Method:
+        return Method(lambda request: Call(self._generate(request), self._forget(request)))
+
+    @property
+    def model_info(self) -> Method:
+        return Method(lambda: Call(self._soon(INFO), lambda: None))
+
+    @property
+    def status(self) -> Method:
+        return Method(lambda: Call(self._soon(self.statuses[0]), lambda: None))
+
+    @property
+    def stream(self) -> Method:
+        return Method(self._stream)
+
+    def options(self, stream: bool) -> Cell:
+        assert stream
+        return self
+
+    def broadcast(self, method: str) -> Cell:
+        assert method == "status"
+        return self
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[CellStatus]:
+        if self.unavailable:
+            raise self.unavailable
+        try:
+            await asyncio.wait_for(self._soon(None), timeout_s)
+        except asyncio.TimeoutError:
+            raise TimeoutError from None
+        return self.statuses
+
+    async def _soon(self, value: Any) -> Any:
+        await asyncio.sleep(1000 if self.silent else 0)
+        return value
+
+    def _forget(self, request: GenerateRequest) -> Callable[[], None]:
+        return lambda: self.cancelled.append(request.request_id)
+
+    async def _generate(self, request: GenerateRequest) -> GenerateResult:
+        self.requests.append(request)
+        INFO.check(request)
+        if self.losses:
+            raise self.losses.pop(0)
+        slow = self.delay_s * len(self.requests)
+        await asyncio.sleep(slow)
+        if self.error is not None and len(self.requests) > 1 - (self.delay_s == 0):
+            raise self.error
+        seed = 7 if request.seed is None else request.seed
+        met = None if request.slo_s is None else slow < request.slo_s
+        steps = (StepRange(6, 1, (0,)), StepRange(2, 2, (0, 1)))
+        ran = Execution("denoise", 4, (0,), 1700000000.0, 1700000000.3)
+        metrics = Metrics(0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20)
+        image = np.full((request.height, request.width, 3), 128, np.uint8)
+        return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)
+
+    async def _stream(self, request: GenerateRequest) -> Any:
+        yield Progress(request.request_id or "r", "denoise", 4, 8)
+        yield await self._generate(request)
+
+
+class Store:
+    """Stand-in of the handle of Pictures: a real one in this process."""
+
+    def __init__(self, args: AppArgs) -> None:
+        pictures = Pictures(args.http)
+        self.keep = Method(lambda *about: Call(pictures.keep(*about), lambda: None))
+        self.get = Method(lambda *about: Call(pictures.get(*about), lambda: None))
+
+
+def ingress(cell: Cell, store: Any = None, **http: Any) -> Ingress:
+    handle: Any = cell
+    args = AppArgs.parse({"http": http})
+    return Ingress(handle, store or Store(args), args)
+
+
+def ask(
+    cell: Cell, method: str, path: str, limits: dict[str, Any] | None = None, **options: Any
+) -> httpx.Response:
+    async def run() -> httpx.Response:
+        app = build_http(ingress(cell, **(limits or {})))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(run())
+
+
+def post(cell: Cell | None = None, **fields: Any) -> httpx.Response:
+    return ask(cell or Cell(), "POST", URL, json=fields)
+
+
+@contextmanager
+def listening(front: Ingress) -> Iterator[str]:
+    """The app on a real socket while the block runs; its base URL."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(build_http(front), log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(5)
+
+
+def check_error(answer: httpx.Response, status: int, code: str, param: str | None = None) -> str:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+    assert set(error) == {"message", "type", "param", "code"}
+    kind = {401: "authentication_error", 500: "server_error", 503: "server_error"}
+    assert error["type"] == kind.get(status, "invalid_request_error")
+    return str(error["message"])

@@ -1,0 +1,78 @@
+"""The server against its own OpenAPI document: what the document allows and what it does not, over real HTTP.
+
+More cases than by default: `make fuzz`, or TETRISERVE_FUZZ_CASES cases for each route.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import schemathesis
+from http_app import PICTURE, URL, Cell, ingress, listening
+from hypothesis import HealthCheck, settings
+from schemathesis.config import SchemathesisConfig
+
+from deployments.ingress import build_http
+
+CASES = int(os.environ.get("TETRISERVE_FUZZ_CASES", "60"))
+KEY = "fuzzing-key-0123456789"
+TIMEOUT_S = 10.0
+CONFIG = SchemathesisConfig.from_dict(
+    {
+        "generation": {"mode": "all"},
+        "checks": {
+            "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", 503]},
+            # whether a picture can be made is the model's knowledge, so not all that the document allows is accepted
+            "positive_data_acceptance": {"enabled": False},
+            # and some of what it does not allow is: unknown fields, numbers written as text
+            "negative_data_rejection": {"enabled": False},
+        },
+    }
+)
+
+
+os.environ["TETRISERVE_FUZZ_KEYS"] = KEY
+KEYED = {"api_keys_env": "TETRISERVE_FUZZ_KEYS"}
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+API = schemathesis.openapi.from_dict(build_http(ingress(Cell(), **KEYED)).openapi(), config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[str]:
+    """A server that is sound before and after."""
+    with listening(ingress(Cell(), **KEYED)) as url:
+        check_healthy(url)
+        yield url
+        check_healthy(url)
+
+
+def check_healthy(url: str) -> None:
+    assert httpx.get(f"{url}/health").json()["status"] == "ready"
+    assert httpx.post(url + URL, json=PICTURE, headers=HEADERS).status_code == 200
+
+
+@API.parametrize()
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_server_is_what_its_document_says(base: str, case: schemathesis.Case) -> None:
+    case.call_and_validate(base_url=base, headers=HEADERS, timeout=TIMEOUT_S)
+
+
+def test_every_route_is_in_the_document_with_its_errors() -> None:
+    paths = build_http(ingress(Cell())).openapi()["paths"]
+    assert set(paths) == {
+        "/v1/images/generations",
+        "/v1/images/{picture_id}/content",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/v1/model_info",
+        "/health",
+    }
+    assert paths[URL]["post"]["responses"].keys() >= {"200", "400", "401", "404", "413", "500", "503"}
+    for operations in paths.values():
+        for operation in operations.values():
+            assert "422" not in operation["responses"]
+            for answer in operation["responses"].values():
+                assert all(content["schema"] for content in answer["content"].values())

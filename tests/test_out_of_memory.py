@@ -1,0 +1,143 @@
+"""Steps that run out of memory, end to end: real replicas in Ray's own processes, whose steps ask the allocator for
+more than there is; the scheduler runs in the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from model_folders import tiny_flux
+from ray import cloudpickle
+
+from deployments import fleet
+from deployments.config import AppArgs
+from deployments.local import start_ray
+from deployments.replica import GPUReplica
+from deployments.scheduler import Scheduler
+from tetriserve.errors import OutOfMemory
+from tetriserve.request import GenerateRequest, GenerateResult
+
+PROFILE = """
+model: tiny-flux
+device: CPU
+source: made up
+degrees: [1, 2]
+step_seconds:
+  256x256: {1: 0.02, 2: 0.03}
+"""
+
+
+class GreedyReplica(GPUReplica):
+    """Asks for an exbibyte in the steps of some prompts: at degree 1, at any degree on GPU 1, in decode."""
+
+    def _load(self) -> None:
+        super()._load()
+        adapter = self._engine.adapter
+        step, decode = adapter.step, adapter.decode
+
+        def greedy_step(state: Any) -> None:
+            group = adapter.sequence_parallel._group
+            degree = 1 if group is None else group.degree
+            prompt = state.request.prompt
+            fails_alone = prompt == "too large for one" and degree == 1
+            fails_always = prompt == "too large for all" and (degree == 1 or self._gpu == 1)
+            if state.step >= 2 and (fails_alone or fails_always):
+                torch.empty(1 << 60)
+            step(state)
+
+        def greedy_decode(request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
+            if request.prompt == "too large to decode":
+                torch.empty(1 << 60)
+            return decode(request, latents)
+
+        adapter.step, adapter.decode = greedy_step, greedy_decode
+
+    def held(self) -> list[str]:
+        """Requests that still take memory here."""
+        return self._order.run(lambda: sorted({*self._engine._states, *self._engine._conditioning}))
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppArgs]:
+    root = tmp_path_factory.mktemp("memory")
+    (root / "profile.yaml").write_text(PROFILE)
+    # the replicas' processes do not find this module by its name
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    start_ray(3)
+    yield AppArgs.parse(
+        {
+            "model": {
+                "path": str(tiny_flux(root / "tiny-flux")),
+                "dtype": "float32",
+                "max_sequence_length": 30,
+            },
+            "cell": {"gpus": 2, "device": "cpu", "step_timeout_floor_s": 60},
+            "profile": {"path": str(root / "profile.yaml")},
+        }
+    )
+    ray.shutdown()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def request(prompt: str, seed: int) -> GenerateRequest:
+    return GenerateRequest(
+        prompt, 256, 256, num_inference_steps=12, seed=seed, request_id=f"{prompt} {seed}", slo_s=60.0
+    )
+
+
+def test_out_of_memory_ends_or_widens_its_request_only(
+    args: AppArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "GPUReplica", GreedyReplica)
+    group = ray.util.placement_group(args.cell.bundles)
+    ray.get(group.ready(), timeout=60)
+
+    async def run() -> None:
+        scheduler = Scheduler(args, group)
+        await scheduler.start()
+
+        def made(asked: GenerateRequest) -> Coroutine[Any, Any, GenerateResult]:
+            return scheduler.generate(asked, "call")
+
+        wide = [request("too large for one", seed) for seed in range(2)]
+        hopeless = [request("too large for all", seed) for seed in range(2)]
+        undecodable = request("too large to decode", 0)
+        small = [request("small", seed) for seed in range(4)]
+        crowd = [*wide, *hopeless, undecodable, *small]
+        results = await asyncio.gather(*map(made, crowd), return_exceptions=True)
+        answers = dict(zip(crowd, results, strict=True))
+
+        for asked in wide:
+            answer = answers[asked]
+            assert isinstance(answer, GenerateResult), answer
+            assert sum(part.steps for part in answer.metrics.steps) == 12
+            assert answer.metrics.steps[-1].degree == 2
+        for asked in [*hopeless, undecodable]:
+            answer = answers[asked]
+            assert isinstance(answer, OutOfMemory), answer
+            assert "ran out of memory: " in answer.message and "can't allocate memory" in answer.message
+        assert "decode" in answers[undecodable].message
+
+        status = await scheduler.status()
+        assert (status.gpus_ready, status.open_requests) == (2, 0)
+        for _ in range(100):
+            held = await asyncio.gather(*(scheduler._fleet[gpu].held.remote() for gpu in range(2)))
+            if held == [[], []]:
+                break
+            await asyncio.sleep(0.05)
+        assert held == [[], []]
+
+        for asked in small:  # beside the failures and after them: the same picture
+            beside = answers[asked]
+            assert isinstance(beside, GenerateResult), beside
+            after = await made(asked)
+            difference = (await beside.image).astype(int) - (await after.image).astype(int)
+            assert np.abs(difference).max() <= 1
+
+    asyncio.run(run())
