@@ -59,6 +59,9 @@ class CellArgs(_Section):
         20.0, gt=1, description="A replica whose step range takes this many times the prediction is replaced."
     )
     step_timeout_floor_s: float = Field(30.0, gt=0, description="... but never before this many seconds.")
+    max_losses: int = Field(
+        3, ge=0, description="A GPU whose replica is lost more often than this in ten minutes is left out."
+    )
 
     @field_validator("degrees")
     @classmethod

@@ -46,9 +46,8 @@ from tetriserve.scheduler import Assignment, RoundScheduler
 
 logger = logging.getLogger(__name__)
 
-MAX_LOSSES = 3
 LOSS_WINDOW_S = 600.0
-"""A GPU that is lost more often than this within the window is not tried again."""
+"""A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""
 
 REPLACE_TIMEOUT_S = 900.0
 """A new replica has to load the weights."""
@@ -354,6 +353,7 @@ class Scheduler:
         if errors or entry.aborting:
             self._rounds.aborted(assignment.seq, now_s)
             if silent or entry.aborting:
+                entry.lose(assignment)
                 entry.roll_back()
                 for gpu in silent:
                     self._lose(gpu)
@@ -400,7 +400,7 @@ class Scheduler:
             while True:
                 now_s = time.monotonic()
                 self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
-                if len(self._losses[gpu]) > MAX_LOSSES:
+                if len(self._losses[gpu]) > self._args.cell.max_losses:
                     logger.error("GPU %d was lost %d times: it is left out", gpu, len(self._losses[gpu]))
                     if len(self._lost) == len(self._fleet):
                         self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
