@@ -88,20 +88,26 @@ class Fleet:
 
     async def silent(self, gpus: Iterable[int]) -> set[int]:
         """Those of `gpus` whose replica is dead or does not answer within `ANSWER_TIMEOUT_S`."""
+        return {gpu for gpu, state in (await self._states(gpus)).items() if state != "alive"}
 
-        async def answers(gpu: int) -> bool:
+    async def dead(self, gpus: Iterable[int]) -> set[int]:
+        """Those of `gpus` whose replica's process has ended."""
+        return {gpu for gpu, state in (await self._states(gpus)).items() if state == "dead"}
+
+    async def _states(self, gpus: Iterable[int]) -> dict[int, str]:
+        """By GPU: "alive", "dead" or "silent"."""
+
+        async def state(gpu: int) -> str:
             try:
                 await asyncio.wait_for(self._replicas[gpu].info.remote(), ANSWER_TIMEOUT_S)
-            except (asyncio.TimeoutError, ray.exceptions.RayError):
-                return False
-            return True
+            except asyncio.TimeoutError:
+                return "silent"
+            except ray.exceptions.RayError:
+                return "dead"
+            return "alive"
 
         members = list(gpus)
-        return {
-            gpu
-            for gpu, ok in zip(members, await asyncio.gather(*map(answers, members)), strict=True)
-            if not ok
-        }
+        return dict(zip(members, await asyncio.gather(*map(state, members)), strict=True))
 
     def kill(self, gpu: int) -> None:
         """End a replica that does not answer; its calls fail at once."""

@@ -65,6 +65,13 @@ class PlanOrder:
             self._ready.notify()
         return future.result()
 
+    def skip(self, after: int, seq: int) -> None:
+        """Go on past range `seq` if it never came here; must not be called while it still may."""
+        with self._ready:
+            if self._last_seq < seq:
+                self._waiting.setdefault(after, (seq, lambda: None, Future()))
+                self._ready.notify()
+
     def _work(self, niceness: int) -> None:
         if niceness:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
@@ -220,6 +227,10 @@ class GPUReplica:
             return (report, engine.pack(request_id)) if place == 0 else report
 
         return self._order.run_after(assignment.after[place], assignment.seq, call)
+
+    def skip(self, after: int, seq: int) -> None:
+        """Range `seq` is over: Ray may have failed it before it came here, when an argument of it was lost."""
+        self._order.skip(after, seq)
 
     def release(self, request_id: str) -> None:
         """Free a request's memory."""

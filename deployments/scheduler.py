@@ -347,12 +347,18 @@ class Scheduler:
         if before is not None:
             await asyncio.wait([before])
         errors = [result for result in results if isinstance(result, BaseException)]
-        silent = await self._fleet.silent(assignment.gpus) if errors and not entry.aborting else set()
+        members = set(assignment.gpus)
+        silent = await self._fleet.silent(members - self._lost) if errors and not entry.aborting else set()
+        # a lost GPU stays lost until its ranges are collected: this one was in flight on the old replica
+        gone = silent | (self._lost & members)
         now_s = time.monotonic()
         entry.outstanding -= 1
         if errors or entry.aborting:
+            for gpu, after in zip(assignment.gpus, assignment.after, strict=True):
+                if gpu not in gone:
+                    self._fleet[gpu].skip.remote(after, assignment.seq)
             self._rounds.aborted(assignment.seq, now_s)
-            if silent or entry.aborting:
+            if gone or entry.aborting:
                 entry.lose(assignment)
                 entry.roll_back()
                 for gpu in silent:
@@ -433,9 +439,12 @@ class Scheduler:
     async def check_health(self) -> None:
         """Raise when the cell is broken: no GPU is left, planning ended, or steps stopped advancing.
 
-        A replica that stands still is ended here, and replaced like a dead one.
+        A replica that stands still is ended here, and replaced like a dead one; so is one that died idle.
         """
         if not self._failure:
+            busy = {gpu for assignment in self._rounds.running for gpu in assignment.gpus}
+            for gpu in await self._fleet.dead(set(range(len(self._fleet))) - busy - self._lost):
+                self._lose(gpu)
             await self._watch(time.monotonic())
         if self._failure and self._failure != "starting":
             raise RuntimeError(self._failure)
