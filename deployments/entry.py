@@ -95,10 +95,10 @@ class Entry:
         if self.aborting:
             return
         self.latents = self.committed_latents
-        self.holders = set()
+        # what went out with a lost range may not have come anywhere
+        self.holders, self.knows = set(), set()
         if self.latents is None:  # encode itself was lost
             self.conditioning = None
-            self.knows = set()
 
     def finish(self, image: Any, now_s: float, model: str) -> GenerateResult:
         """The result, with `image` and all that happened on the way."""

@@ -1,7 +1,7 @@
 """A replica dies, or a client goes away, in each phase of a request: real processes, real HTTP.
 
-Every request ends with the picture that it has when it runs alone and undisturbed, and the server is whole again. A blow
-that is aimed by the clock is repeated until `metrics.lost` shows that it hit the phase it was meant for.
+Every request ends with the picture that it has when it runs alone and undisturbed, and the server is whole again. A
+blow that is aimed by the clock is repeated until `metrics.lost` shows that it hit the phase it was meant for.
 """
 
 from __future__ import annotations
