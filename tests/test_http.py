@@ -36,6 +36,7 @@ from tetriserve.request import (
     Execution,
     GenerateRequest,
     GenerateResult,
+    LostRange,
     Metrics,
     ModelInfo,
     Progress,
@@ -82,6 +83,9 @@ class Call:
 class Method:
     def __init__(self, remote: Callable[..., Any]) -> None:
         self.remote = remote
+
+
+LOST = (LostRange("denoise", 2, (1,), 1700000000.1),)
 
 
 class Cell:
@@ -150,7 +154,9 @@ class Cell:
         met = None if request.slo_s is None else slow < request.slo_s
         steps = (StepRange(6, 1, (0,)), StepRange(2, 2, (0, 1)))
         ran = Execution("denoise", 4, (0,), 1700000000.0, 1700000000.3)
-        metrics = Metrics(0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20)
+        metrics = Metrics(
+            0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20, LOST
+        )
         image = np.full((request.height, request.width, 3), 128, np.uint8)
         return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)
 
@@ -219,6 +225,7 @@ def test_response_has_every_field_of_the_contract() -> None:
     assert metrics["schedule"] == [
         {"kind": "denoise", "steps": 4, "gpus": [0], "start_s": 1700000000.0, "end_s": 1700000000.3}
     ]
+    assert metrics["lost"] == [{"kind": "denoise", "steps": 2, "gpus": [1], "noticed_s": 1700000000.1}]
     assert body["peak_memory_mb"] == metrics["peak_memory_mb"] == body["usage"]["peak_memory_mb"] == 3
     [item] = body["data"]
     assert item["revised_prompt"] is None
