@@ -462,10 +462,12 @@ class Scheduler:
         for gpu in sorted({gpu for a in running for gpu in a.gpus} - self._lost):
             first = next(a for a in running if gpu in a.gpus)
             since_s = now_s - max(self._last_report_s[gpu], first.start_s)
-            if since_s > limit_s:
-                silent = await self._fleet.silent(first.gpus)
-                stuck = (silent or set(first.gpus)) - self._lost
-                logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
+            if since_s > cell.step_timeout_floor_s:
+                # one that still answers may only be slow, and others compute with it: it gets longer
+                members = set(first.gpus) - self._lost
+                stuck = await self._fleet.silent(members) or (members if since_s > limit_s else set())
+                if stuck:
+                    logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
                 for member in stuck:
                     self._fleet.kill(member)
                     self._last_report_s[member] = now_s
