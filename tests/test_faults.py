@@ -89,7 +89,12 @@ class Lab:
     def cell(self) -> dict[str, Any]:
         """What /health says of the cell; on a busy machine it may not answer in time."""
         cells: list[dict[str, Any]] = []
-        wait_until(lambda: cells.extend(self.server.health()["cells"]) or cells, seconds=60)
+
+        def answered() -> bool:
+            cells[:] = self.server.health()["cells"]
+            return bool(cells)
+
+        wait_until(answered, seconds=60)
         return cells[0]
 
     def of_gpu_0(self) -> psutil.Process:
