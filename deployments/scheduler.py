@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 LOSS_WINDOW_S = 600.0
 """A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""
 
-REPLACE_TIMEOUT_S = 900.0
-"""A new replica has to load the weights."""
+JOIN_TIMEOUT_S = 900.0
+"""A new replica waits for the ranges that its partners are in; the watchdog ends those that hang."""
 
 POLL_S = 0.05
 
@@ -85,7 +85,7 @@ class Scheduler:
         self._planning: asyncio.Future[Packing] | None = None
         self._lost: set[int] = set()
         self._losses: dict[int, list[float]] = defaultdict(list)
-        self._recovery = asyncio.Lock()
+        self._joining = asyncio.Lock()
         self._plan_s: deque[float] = deque(maxlen=PLANS_KEPT)
         self.fallbacks = 0
 
@@ -401,24 +401,28 @@ class Scheduler:
         self._spawn(self._recover(gpu))
 
     async def _recover(self, gpu: int) -> None:
-        """Replace a lost replica, one at a time. After too many losses the GPU stays off the board."""
-        async with self._recovery:
-            while True:
-                now_s = time.monotonic()
-                self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
-                if len(self._losses[gpu]) > self._args.cell.max_losses:
-                    logger.error("GPU %d was lost %d times: it is left out", gpu, len(self._losses[gpu]))
-                    if len(self._lost) == len(self._fleet):
-                        self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
-                    return
-                try:
+        """Replace a lost replica. After too many losses the GPU stays off the board."""
+        while True:
+            now_s = time.monotonic()
+            self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
+            if len(self._losses[gpu]) > self._args.cell.max_losses:
+                logger.error("GPU %d was lost %d times: it is left out", gpu, len(self._losses[gpu]))
+                if len(self._lost) == len(self._fleet):
+                    self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
+                return
+            try:
+                await self._fleet.replace(gpu)
+                async with self._joining:
                     others = set(range(len(self._fleet))) - self._lost
-                    await asyncio.wait_for(self._fleet.replace(gpu, others), REPLACE_TIMEOUT_S)
-                    break
-                except Exception as error:
-                    logger.error("GPU replica %d could not be replaced: %s", gpu, error)
-            while any(gpu in assignment.gpus for assignment in self._rounds.running):
-                await asyncio.sleep(POLL_S)  # calls to the old replica are failing right now
+                    await asyncio.wait_for(self._fleet.rejoin(gpu, others), JOIN_TIMEOUT_S)
+                    while any(gpu in assignment.gpus for assignment in self._rounds.running):
+                        await asyncio.sleep(POLL_S)  # calls to the old replica are failing right now
+                    self._back(gpu)
+                return
+            except Exception as error:
+                logger.error("GPU replica %d could not be replaced: %r", gpu, error)
+
+    def _back(self, gpu: int) -> None:
         self._lost.discard(gpu)
         self._rounds.gpu_back(gpu, time.monotonic())
         self._last_report_s[gpu] = time.monotonic()
