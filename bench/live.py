@@ -75,8 +75,8 @@ def main() -> None:
                 profile=profile,
                 n_gpus=n_gpus,
             ).generate()
-            with running_server(path, policy) as url:
-                live = replay(url, trace, lambda: None)
+            with running_server(path, policy) as server:
+                live = replay(server.url, trace, lambda: None)
             rows.append(
                 {
                     "policy": policy,

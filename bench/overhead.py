@@ -72,7 +72,10 @@ def main() -> None:
         ).images[0]
         return time.perf_counter() - begin, np.asarray(image)
 
-    with running_server(options.config, "sp1") as url, httpx.Client(base_url=url, timeout=600) as client:
+    with (
+        running_server(options.config, "sp1") as server,
+        httpx.Client(base_url=server.url, timeout=600) as client,
+    ):
 
         def stack(width: int, height: int, seed: int) -> tuple[float, np.ndarray, dict[str, Any]]:
             body = {

@@ -9,11 +9,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+
+class RunningServer(NamedTuple):
+    url: str
+    pid: int
 
 
 @contextmanager
-def running_server(config: Path, policy: str) -> Iterator[str]:
-    """`tetriserve serve` with a config and a policy on a free port; yields its URL, stops it afterwards."""
+def running_server(config: Path, policy: str) -> Iterator[RunningServer]:
+    """`tetriserve serve` with a config and a policy on a free port; stops it afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -25,7 +31,7 @@ def running_server(config: Path, policy: str) -> Iterator[str]:
         assert process.stdout is not None
         if not any("tetriserve is ready" in line for line in process.stdout):
             raise RuntimeError(f"the server did not start with {config}")
-        yield f"http://127.0.0.1:{port}"
+        yield RunningServer(f"http://127.0.0.1:{port}", process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)

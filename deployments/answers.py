@@ -58,12 +58,22 @@ class Run(_Answer):
     end_s: float
 
 
+class LostRun(_Answer):
+    """A step range that had to be run again; Unix seconds."""
+
+    kind: Literal["encode", "denoise", "decode"]
+    steps: int
+    gpus: list[int]
+    noticed_s: float
+
+
 class MetricsAnswer(_Answer):
     stage_durations: StageDurations
     slo_s: float | None
     slo_met: bool | None
     steps: list[Range]
     schedule: list[Run]
+    lost: list[LostRun]
     seed: int
     peak_memory_mb: float
 

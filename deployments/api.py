@@ -229,7 +229,8 @@ def _nested(fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def metrics_body(metrics: Metrics) -> dict[str, Any]:
-    """`metrics` of a response. Durations in seconds; `schedule` in Unix seconds by the replicas' clock."""
+    """`metrics` of a response. Durations in seconds; `schedule` in Unix seconds by the replicas' clock, `lost` by
+    the scheduler's."""
     return {
         "stage_durations": {
             "queue": metrics.queue_s,
@@ -244,6 +245,7 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
             {"steps": steps, "degree": degree, "gpus": list(gpus)} for steps, degree, gpus in metrics.steps
         ],
         "schedule": [execution._asdict() for execution in metrics.schedule],
+        "lost": [lost._asdict() for lost in metrics.lost],
         "seed": metrics.seed,
         "peak_memory_mb": round(metrics.peak_memory_bytes / 2**20, 1),
     }

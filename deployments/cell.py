@@ -20,6 +20,10 @@ logger = logging.getLogger("ray.serve")
 
 STATUS_TIMEOUT_S = 1.0
 
+STUCK_S = 20.0
+"""A scheduler that does not answer a health check for so long is given up; it answers while it plans, in
+milliseconds."""
+
 
 class Cell:
     """Thin: Serve gives it a placement group, health checks, routing and autoscaling; the work is below."""
@@ -71,8 +75,8 @@ class Cell:
     async def check_health(self) -> None:
         """Serve calls this; it fails when steps stop advancing, not only when a process is dead."""
         try:
-            await self._scheduler.check_health.remote()
-        except RayActorError:
+            await asyncio.wait_for(self._scheduler.check_health.remote(), STUCK_S)
+        except (RayActorError, asyncio.TimeoutError):
             # a failed check is repeated before Serve acts on it, a dead replica is replaced at once
-            logger.error("the scheduler is gone: this cell ends")
+            logger.error("the scheduler is gone or stuck: this cell ends")
             os._exit(1)

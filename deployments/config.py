@@ -56,9 +56,18 @@ class CellArgs(_Section):
         None, description="Sequence-parallel degrees to use; default: powers of two up to `gpus`."
     )
     step_timeout_factor: float = Field(
-        20.0, gt=1, description="A replica whose step range takes this many times the prediction is replaced."
+        20.0,
+        gt=1,
+        description="A replica whose step range takes this many times the prediction is replaced ...",
     )
-    step_timeout_floor_s: float = Field(30.0, gt=0, description="... but never before this many seconds.")
+    step_timeout_floor_s: float = Field(
+        30.0,
+        gt=0,
+        description="... but never before this many seconds; after them already if it answers no calls either.",
+    )
+    max_losses: int = Field(
+        3, ge=0, description="A GPU whose replica is lost more often than this in ten minutes is left out."
+    )
 
     @field_validator("degrees")
     @classmethod

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tetriserve.engine.report import Report
-from tetriserve.request import Execution, GenerateRequest, GenerateResult, Metrics, Progress, StepRange
+from tetriserve.request import (
+    Execution,
+    GenerateRequest,
+    GenerateResult,
+    LostRange,
+    Metrics,
+    Progress,
+    StepRange,
+)
 from tetriserve.scheduler import Assignment
 
 KEPT = 64
@@ -52,6 +60,7 @@ class Entry:
     phase: str = "queue"
     steps_done: int = 0
     executions: list[Execution] = field(default_factory=list)
+    lost: list[LostRange] = field(default_factory=list)
     peak_memory_bytes: int = 0
     outstanding: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,16 +85,20 @@ class Entry:
         self.changed.set()
         self.changed = asyncio.Event()
 
+    def lose(self, assignment: Assignment) -> None:
+        """A range of it does not count: one of its GPUs was lost or short of memory, or the range before it was lost."""
+        self.lost.append(LostRange(assignment.kind, assignment.steps, assignment.gpus, time.time()))
+
     def roll_back(self) -> None:
         """After a lost range: back to the last committed latents, once nothing is in flight behind it."""
         self.aborting = self.outstanding > 0
         if self.aborting:
             return
         self.latents = self.committed_latents
-        self.holders = set()
+        # what went out with a lost range may not have come anywhere
+        self.holders, self.knows = set(), set()
         if self.latents is None:  # encode itself was lost
             self.conditioning = None
-            self.knows = set()
 
     def finish(self, image: Any, now_s: float, model: str) -> GenerateResult:
         """The result, with `image` and all that happened on the way."""
@@ -112,6 +125,7 @@ class Entry:
             slo_met=None if self.slo_s is None else total_s <= self.slo_s,
             steps=tuple(steps),
             schedule=tuple(schedule),
+            lost=tuple(self.lost),
             seed=self.request.seed,
             peak_memory_bytes=self.peak_memory_bytes,
         )

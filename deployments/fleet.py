@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 Measured = Callable[[Shape, int, float], None]
 """Told of every measurement: shape, degree, seconds of a step."""
 
+
+LOAD_FACTOR = 5.0
+MIN_LOAD_LIMIT_S = 60.0
+"""A new replica that takes longer than the first ones took, times the factor, is given up."""
 
 ANSWER_TIMEOUT_S = 2.0
 """A replica answers from threads of its own, also while it computes."""
@@ -47,6 +52,7 @@ class Fleet:
         self.device = ""
         self.fingerprint = ""
         self.epoch = 0
+        self._load_limit_s = MIN_LOAD_LIMIT_S
 
     def __len__(self) -> int:
         return self._args.cell.gpus
@@ -56,8 +62,10 @@ class Fleet:
 
     async def start(self) -> None:
         """Load the model everywhere and warm the groups of all sets. Raises `ConfigError`."""
+        begin_s = time.monotonic()
         self._replicas = [self._new(gpu) for gpu in range(len(self))]
         infos = await asyncio.gather(*(replica.info.remote() for replica in self._replicas))
+        self._load_limit_s = max(MIN_LOAD_LIMIT_S, LOAD_FACTOR * (time.monotonic() - begin_s))
         self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
         if len(self) > 1:
             port = await self._replicas[0].open_store.remote()
@@ -66,15 +74,21 @@ class Fleet:
             await asyncio.gather(*(replica.join.remote(self.epoch, port) for replica in self._replicas))
             await asyncio.gather(*(replica.warm.remote(self.epoch, sets) for replica in self._replicas))
 
-    async def replace(self, gpu: int, others: set[int]) -> None:
-        """Put a new replica in place of a lost one; the survivors among `others` keep weights and states.
+    async def replace(self, gpu: int) -> None:
+        """Put a new replica in place of a lost one and wait until it has loaded the model; `rejoin` it next.
 
-        Groups with the new replica are built over a fresh store when a plan first needs them, in plan order,
-        so that nobody has to stop for it. Raises what Ray or the replica raises if it cannot be done.
+        Raises `TimeoutError` when that takes far longer than at the start, else what Ray or the replica raises.
         """
         self.kill(gpu)
         self._replicas[gpu] = self._new(gpu)
-        await self._replicas[gpu].info.remote()
+        await asyncio.wait_for(self._replicas[gpu].info.remote(), self._load_limit_s)
+
+    async def rejoin(self, gpu: int, others: set[int]) -> None:
+        """Bring a new replica together with the survivors among `others`, who keep weights and states.
+
+        One at a time. Groups with the new replica are built over a fresh store when a plan first needs them, in
+        plan order, so that nobody has to stop for it. Raises what Ray or the replica raises if it cannot be done.
+        """
         epoch = self.epoch + 1
         port = await self._replicas[gpu].open_store.remote()
         await self._replicas[gpu].join.remote(epoch, port)
@@ -88,20 +102,26 @@ class Fleet:
 
     async def silent(self, gpus: Iterable[int]) -> set[int]:
         """Those of `gpus` whose replica is dead or does not answer within `ANSWER_TIMEOUT_S`."""
+        return {gpu for gpu, state in (await self._states(gpus)).items() if state != "alive"}
 
-        async def answers(gpu: int) -> bool:
+    async def dead(self, gpus: Iterable[int]) -> set[int]:
+        """Those of `gpus` whose replica's process has ended."""
+        return {gpu for gpu, state in (await self._states(gpus)).items() if state == "dead"}
+
+    async def _states(self, gpus: Iterable[int]) -> dict[int, str]:
+        """By GPU: "alive", "dead" or "silent"."""
+
+        async def state(gpu: int) -> str:
             try:
                 await asyncio.wait_for(self._replicas[gpu].info.remote(), ANSWER_TIMEOUT_S)
-            except (asyncio.TimeoutError, ray.exceptions.RayError):
-                return False
-            return True
+            except asyncio.TimeoutError:
+                return "silent"
+            except ray.exceptions.RayError:
+                return "dead"
+            return "alive"
 
         members = list(gpus)
-        return {
-            gpu
-            for gpu, ok in zip(members, await asyncio.gather(*map(answers, members)), strict=True)
-            if not ok
-        }
+        return dict(zip(members, await asyncio.gather(*map(state, members)), strict=True))
 
     def kill(self, gpu: int) -> None:
         """End a replica that does not answer; its calls fail at once."""

@@ -49,12 +49,11 @@ from tetriserve.scheduler import Assignment, RoundScheduler
 
 logger = logging.getLogger(__name__)
 
-MAX_LOSSES = 3
 LOSS_WINDOW_S = 600.0
-"""A GPU that is lost more often than this within the window is not tried again."""
+"""A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""
 
-REPLACE_TIMEOUT_S = 900.0
-"""A new replica has to load the weights."""
+JOIN_TIMEOUT_S = 900.0
+"""A new replica waits for the ranges that its partners are in; the watchdog ends those that hang."""
 
 POLL_S = 0.05
 
@@ -92,7 +91,7 @@ class Scheduler:
         self._planning: asyncio.Future[Packing] | None = None
         self._lost: set[int] = set()
         self._losses: dict[int, list[float]] = defaultdict(list)
-        self._recovery = asyncio.Lock()
+        self._joining = asyncio.Lock()
         self._plan_s: deque[float] = deque(maxlen=PLANS_KEPT)
         self.fallbacks = 0
 
@@ -353,7 +352,10 @@ class Scheduler:
         if before is not None:
             await asyncio.wait([before])
         errors = [result for result in results if isinstance(result, BaseException)]
-        silent = await self._fleet.silent(assignment.gpus) if errors and not entry.aborting else set()
+        members = set(assignment.gpus)
+        silent = await self._fleet.silent(members - self._lost) if errors and not entry.aborting else set()
+        # a lost GPU stays lost until its ranges are collected: this one was in flight on the old replica
+        gone = silent | (self._lost & members)
         now_s = time.monotonic()
         entry.outstanding -= 1
         if errors or entry.aborting:
@@ -364,7 +366,8 @@ class Scheduler:
             short = [error for error in errors if isinstance(_cause(error), OutOfMemory)]
             if short and not entry.aborting and not self._widen(entry, assignment):
                 self._fail(entry, assignment, short[0])
-            elif silent or short or entry.aborting:
+            elif gone or short or entry.aborting:
+                entry.lose(assignment)
                 entry.roll_back()
             else:
                 self._fail(entry, assignment, errors[0])
@@ -431,25 +434,29 @@ class Scheduler:
         self._spawn(self._recover(gpu))
 
     async def _recover(self, gpu: int) -> None:
-        """Replace a lost replica, one at a time. After too many losses the GPU stays off the board."""
-        async with self._recovery:
-            while True:
-                now_s = time.monotonic()
-                self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
-                if len(self._losses[gpu]) > MAX_LOSSES:
-                    logger.error("GPU %d was lost %d times: it is left out", gpu, len(self._losses[gpu]))
-                    if len(self._lost) == len(self._fleet):
-                        self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
-                    self._strand()
-                    return
-                try:
+        """Replace a lost replica. After too many losses the GPU stays off the board."""
+        while True:
+            now_s = time.monotonic()
+            self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
+            if len(self._losses[gpu]) > self._args.cell.max_losses:
+                logger.error("GPU %d was lost %d times: it is left out", gpu, len(self._losses[gpu]))
+                if len(self._lost) == len(self._fleet):
+                    self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
+                self._strand()
+                return
+            try:
+                await self._fleet.replace(gpu)
+                async with self._joining:
                     others = set(range(len(self._fleet))) - self._lost
-                    await asyncio.wait_for(self._fleet.replace(gpu, others), REPLACE_TIMEOUT_S)
-                    break
-                except Exception as error:
-                    logger.error("GPU replica %d could not be replaced: %s", gpu, error)
-            while any(gpu in assignment.gpus for assignment in self._rounds.running):
-                await asyncio.sleep(POLL_S)  # calls to the old replica are failing right now
+                    await asyncio.wait_for(self._fleet.rejoin(gpu, others), JOIN_TIMEOUT_S)
+                    while any(gpu in assignment.gpus for assignment in self._rounds.running):
+                        await asyncio.sleep(POLL_S)  # calls to the old replica are failing right now
+                    self._back(gpu)
+                return
+            except Exception as error:
+                logger.error("GPU replica %d could not be replaced: %r", gpu, error)
+
+    def _back(self, gpu: int) -> None:
         self._lost.discard(gpu)
         self._rounds.gpu_back(gpu, time.monotonic())
         self._last_report_s[gpu] = time.monotonic()
@@ -458,7 +465,7 @@ class Scheduler:
 
     def _usable_gpus(self) -> int:
         """All but those left out for good."""
-        return sum(len(self._losses[gpu]) <= MAX_LOSSES for gpu in range(len(self._fleet)))
+        return sum(len(self._losses[gpu]) <= self._args.cell.max_losses for gpu in range(len(self._fleet)))
 
     def _strand(self) -> None:
         """End the requests that need more GPUs than there will be."""
@@ -481,9 +488,12 @@ class Scheduler:
     async def check_health(self) -> None:
         """Raise when the cell is broken: no GPU is left, planning ended, or steps stopped advancing.
 
-        A replica that stands still is ended here, and replaced like a dead one.
+        A replica that stands still is ended here, and replaced like a dead one; so is one that died idle.
         """
         if not self._failure:
+            busy = {gpu for assignment in self._rounds.running for gpu in assignment.gpus}
+            for gpu in await self._fleet.dead(set(range(len(self._fleet))) - busy - self._lost):
+                self._lose(gpu)
             await self._watch(time.monotonic())
         if self._failure and self._failure != "starting":
             raise RuntimeError(self._failure)
@@ -501,10 +511,12 @@ class Scheduler:
         for gpu in sorted({gpu for a in running for gpu in a.gpus} - self._lost):
             first = next(a for a in running if gpu in a.gpus)
             since_s = now_s - max(self._last_report_s[gpu], first.start_s)
-            if since_s > limit_s:
-                silent = await self._fleet.silent(first.gpus)
-                stuck = (silent or set(first.gpus)) - self._lost
-                logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
+            if since_s > cell.step_timeout_floor_s:
+                # one that still answers may only be slow, and others compute with it: it gets longer
+                members = set(first.gpus) - self._lost
+                stuck = await self._fleet.silent(members) or (members if since_s > limit_s else set())
+                if stuck:
+                    logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
                 for member in stuck:
                     self._fleet.kill(member)
                     self._last_report_s[member] = now_s

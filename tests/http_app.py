@@ -21,6 +21,7 @@ from tetriserve.request import (
     Execution,
     GenerateRequest,
     GenerateResult,
+    LostRange,
     Metrics,
     ModelInfo,
     Progress,
@@ -67,6 +68,9 @@ class Call:
 class Method:
     def __init__(self, remote: Callable[..., Any]) -> None:
         self.remote = remote
+
+
+LOST = (LostRange("denoise", 2, (1,), 1700000000.1),)
 
 
 class Cell:
@@ -135,7 +139,9 @@ class Cell:
         met = None if request.slo_s is None else slow < request.slo_s
         steps = (StepRange(6, 1, (0,)), StepRange(2, 2, (0, 1)))
         ran = Execution("denoise", 4, (0,), 1700000000.0, 1700000000.3)
-        metrics = Metrics(0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20)
+        metrics = Metrics(
+            0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20, LOST
+        )
         image = np.full((request.height, request.width, 3), 128, np.uint8)
         return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)
 

@@ -62,6 +62,7 @@ def test_response_has_every_field_of_the_contract() -> None:
     assert metrics["schedule"] == [
         {"kind": "denoise", "steps": 4, "gpus": [0], "start_s": 1700000000.0, "end_s": 1700000000.3}
     ]
+    assert metrics["lost"] == [{"kind": "denoise", "steps": 2, "gpus": [1], "noticed_s": 1700000000.1}]
     assert body["peak_memory_mb"] == metrics["peak_memory_mb"] == body["usage"]["peak_memory_mb"] == 3
     [item] = body["data"]
     assert item["revised_prompt"] is None

@@ -8,109 +8,25 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import openai
-import psutil
 import pytest
-import yaml
-from model_folders import tiny_flux
+from live_server import BIN, Server, body, pixels, wait_until, write_config
 from PIL import Image
 from schedule_checker import Chain, violations
 
 from solver.problem import Entry, Phase
 
-SHAPES = ("256x256", "512x512", "1024x1024")
-BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """`tetriserve serve` on a config; knows its URL and its processes."""
-
-    def __init__(self, config: Path) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = [str(BIN / "tetriserve"), "serve", "--config", str(config), "--port", str(port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.lines: list[str] = []
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-            if "tetriserve is ready at" in line:
-                return
-        raise AssertionError("\n".join(self.lines))
-
-    def replicas(self) -> list[psutil.Process]:
-        return [
-            process
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if "ray::GPUReplica" in " ".join(process.cmdline())
-        ]
-
-    def scheduler(self) -> psutil.Process:
-        (found,) = (
-            process
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if "ray::Scheduler" in " ".join(process.cmdline())
-        )
-        return found
-
-    def health(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/health", timeout=10).json()
-
-    def stop(self) -> None:
-        """Ctrl-C; nothing of it may be left."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGINT)
-        assert self.process.wait(timeout=60) == 0
-        _, alive = psutil.wait_procs(family, timeout=15)
-        assert alive == [], f"left running: {alive}"
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("serve")
-    args = {
-        "model": {
-            "path": str(tiny_flux(root / "tiny-flux")),
-            "dtype": "float32",
-            "max_sequence_length": 30,
-            "max_pixels": 1024 * 1024,
-            "max_steps": 50,
-        },
-        "cell": {
-            "gpus": 2,
-            "device": "cpu",
-            "cpus_per_replica": 0.75,
-            "scheduler_cpus": 0.25,
-            "step_timeout_floor_s": 5,
-        },
-        "scheduler": {"max_open_requests": 64},
-        "profile": {"shapes": list(SHAPES), "cache_dir": str(root / "profiles"), "repeats": 1},
-    }
-    application = {
-        "name": "tetriserve",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": args,
-    }
-    path = root / "test.yaml"
-    path.write_text(yaml.safe_dump({"applications": [application]}))
-    return path
+    return write_config(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="module")
@@ -118,20 +34,6 @@ def server(config: Path) -> Iterator[Server]:
     server = Server(config)
     yield server
     server.stop()
-
-
-def body(size: str, seed: int, **more: Any) -> dict[str, Any]:
-    return {
-        "prompt": f"a small red circle and a large blue star, number {seed}",
-        "size": size,
-        "seed": seed,
-        "num_inference_steps": 6,
-        **more,
-    }
-
-
-def pixels(item: dict[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
 
 
 def test_mixed_load_gives_the_pictures_of_lone_requests(server: Server) -> None:
@@ -377,10 +279,3 @@ def test_a_dead_scheduler_loses_no_request(server: Server) -> None:
     last = answers[-1].json()["metrics"]
     assert last["stage_durations"]["queue"] > 1.0  # the time with the first scheduler counts
     assert len(server.replicas()) == 2
-
-
-def wait_until(condition: Any, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true"
-        time.sleep(0.2)

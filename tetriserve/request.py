@@ -189,6 +189,18 @@ class Execution(NamedTuple):
     end_s: float
 
 
+class LostRange(NamedTuple):
+    """A range that was sent out and did not count: a GPU of it or of the one before it was lost or short of memory.
+
+    `noticed_s` is when the scheduler gave it up, in Unix seconds.
+    """
+
+    kind: str
+    steps: int
+    gpus: tuple[int, ...]
+    noticed_s: float
+
+
 @dataclass(frozen=True)
 class Metrics:
     """What happened to one request. Durations in seconds; `denoise_s` is time on GPUs, pauses excluded.
@@ -198,6 +210,7 @@ class Metrics:
         inference_s: from the start of its first execution to the end of its last one.
         steps: neighbouring ranges on the same GPUs in one.
         schedule: every range by itself, encode and decode too.
+        lost: ranges that had to be run again; those of a lost cell are not known to the next one.
     """
 
     queue_s: float
@@ -212,6 +225,7 @@ class Metrics:
     schedule: tuple[Execution, ...]
     seed: int
     peak_memory_bytes: int = 0
+    lost: tuple[LostRange, ...] = ()
 
 
 @dataclass(frozen=True)
