@@ -38,7 +38,6 @@ import json
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,7 +52,7 @@ import numpy as np
 import psutil
 import yaml
 from PIL import Image
-from server import RunningServer, running_server
+from server import RunningServer, measured_profile, running_server
 from tqdm import tqdm
 
 from tetriserve.profile import Profile
@@ -155,7 +154,7 @@ def main() -> None:
     args = config["applications"][0]["args"]
     args["cell"] |= {"step_timeout_floor_s": WATCHDOG_FLOOR_S, "max_losses": 10 * options.faults}
     with tempfile.TemporaryDirectory() as folder:
-        profile_file = options.profile or measured_profile(Path(folder))
+        profile_file = options.profile or measured_profile(CONFIG, Path(folder))
         args["profile"]["path"] = str(profile_file.resolve())
         path = Path(folder) / "chaos.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -176,14 +175,6 @@ def main() -> None:
     (options.out / "chaos.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "chaos.md").write_text(report(result))
     print(report(result))
-
-
-def measured_profile(folder: Path) -> Path:
-    """This machine's step times, by `tetriserve profile`."""
-    out = folder / "profile.yaml"
-    tetriserve = str(Path(sys.executable).parent / "tetriserve")
-    subprocess.run([tetriserve, "profile", "--config", str(CONFIG), "--out", str(out)], check=True)
-    return out
 
 
 def make_trace(options: argparse.Namespace, profile: Profile, n_gpus: int) -> list[TraceRequest]:

@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
-from server import running_server
+from server import measured_profile, running_server
 from tqdm import tqdm
 
 from deployments.config import AppArgs, SchedulerArgs
@@ -53,10 +51,7 @@ def main() -> None:
     n_gpus = args["cell"]["gpus"]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        profile_file = Path(folder) / "profile.yaml"
-        tetriserve = str(Path(sys.executable).parent / "tetriserve")
-        command = [tetriserve, "profile", "--config", str(CONFIG), "--out", str(profile_file)]
-        subprocess.run(command, check=True)
+        profile_file = measured_profile(CONFIG, Path(folder))
         profile = Profile.load(profile_file)
         args["profile"]["path"] = str(profile_file)
         path = Path(folder) / "live.yaml"

@@ -1,4 +1,4 @@
-"""A server for the length of a benchmark."""
+"""A server for the length of a benchmark, and the step times of the machine it runs on."""
 
 from __future__ import annotations
 
@@ -35,3 +35,11 @@ def running_server(config: Path, policy: str) -> Iterator[RunningServer]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
+
+
+def measured_profile(config: Path, folder: Path) -> Path:
+    """This machine's step times for the model of a config, by `tetriserve profile`, as a file in `folder`."""
+    out = folder / "profile.yaml"
+    tetriserve = str(Path(sys.executable).parent / "tetriserve")
+    subprocess.run([tetriserve, "profile", "--config", str(config), "--out", str(out)], check=True)
+    return out

@@ -86,7 +86,7 @@ class Entry:
         self.changed = asyncio.Event()
 
     def lose(self, assignment: Assignment) -> None:
-        """A range of it does not count: one of its GPUs was lost or short of memory, or the range before it was lost."""
+        """A range of it does not count: a GPU of it or of the range before was lost, or short of memory."""
         self.lost.append(LostRange(assignment.kind, assignment.steps, assignment.gpus, time.time()))
 
     def roll_back(self) -> None:

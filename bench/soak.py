@@ -1,0 +1,181 @@
+"""A live server under steady load for long: does anything grow?
+
+    python bench/soak.py [--minutes 20] [--load 0.8] [--every 10]
+
+Measures this machine's profile, then plays a mixed 256/512/1024 trace, open loop, that keeps the GPUs busy for
+--load of the time, and looks every --every seconds at the private memory (resident minus shared) and the open files
+of every process of the server, at its open requests and at Ray's object store. A quantity grows when its slope over
+the second half of the run is above zero by more than twice its standard error, and what that adds in an hour is more
+than `NOTHING` of its mean. Writes `soak.json` and `soak.md` to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import yaml
+from policy_report import markdown_table
+from server import RunningServer, measured_profile, running_server
+from tqdm import tqdm
+
+from tetriserve.metrics import result_of, write_json
+from tetriserve.profile import Profile
+from tetriserve.replay import replay
+from tetriserve.workload import SloRule, Workload, parse_shapes
+
+CONFIG = Path("cluster_configs/cpu_local.yaml")
+NOTHING = 0.05
+"""Growth in an hour, as a share of the mean, that is not worth a word."""
+
+
+class Watch(threading.Thread):
+    """Takes a sample of the server every so often until it is told to stop."""
+
+    def __init__(self, server: RunningServer, every_s: float) -> None:
+        super().__init__(daemon=True)
+        self._server, self._every_s = server, every_s
+        self._over = threading.Event()
+        self.samples: list[dict[str, float]] = []
+
+    def run(self) -> None:
+        start_s = time.monotonic()
+        while not self._over.wait(self._every_s):
+            self.samples.append({"at_s": time.monotonic() - start_s, **sample(self._server)})
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def sample(server: RunningServer) -> dict[str, float]:
+    """Quantities by name, those of processes with their title; several of one title are summed."""
+    found: defaultdict[str, float] = defaultdict(float)
+    family = psutil.Process(server.pid)
+    for process in [family, *family.children(recursive=True)]:
+        try:
+            title = title_of(process)
+            memory, files = process.memory_info(), process.num_fds()
+        except psutil.NoSuchProcess:
+            continue
+        found[f"{title}: private MiB"] += (memory.rss - memory.shared) / 2**20
+        found[f"{title}: open files"] += files
+        if title == "raylet":  # the most that its object store ever held: pages once touched stay
+            found["object store MiB"] += memory.shared / 2**20
+    health = httpx.get(f"{server.url}/health", timeout=10).json()
+    found["open requests"] = sum(cell["open_requests"] for cell in health["cells"])
+    return dict(found)
+
+
+def title_of(process: psutil.Process) -> str:
+    """What a process is, without what changes while it lives."""
+    line = process.cmdline()
+    if line and line[0].startswith("ray::"):
+        return line[0].split(".")[0].split(" ")[0]
+    return process.name()
+
+
+def trend(at_s: list[float], values: list[float]) -> dict[str, Any]:
+    """Medians of the quarters, and the slope of the last two with its standard error, an hour."""
+    quarters = np.array_split(np.array(values), 4)
+    y = np.concatenate(quarters[2:])
+    x = np.array(at_s[-len(y) :]) / 3600
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    error = float(np.sqrt(covariance[0, 0]))
+    return {
+        "quarters": [float(np.median(quarter)) for quarter in quarters],
+        "slope_per_h": float(slope),
+        "error_per_h": error,
+        "grows": bool(slope > 2 * error and slope > NOTHING * np.mean(y)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--load", type=float, default=0.8)
+    parser.add_argument("--every", type=float, default=10.0, metavar="S")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--shapes", default="256x256=4,512x512=3,1024x1024=1", help="with weights")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/soak"))
+    options = parser.parse_args()
+
+    config = yaml.safe_load(CONFIG.read_text())
+    args = config["applications"][0]["args"]
+    n_gpus = args["cell"]["gpus"]
+    with tempfile.TemporaryDirectory() as folder:
+        profile_file = measured_profile(CONFIG, Path(folder))
+        profile = Profile.load(profile_file)
+        args["profile"]["path"] = str(profile_file)
+        path = Path(folder) / "soak.yaml"
+        path.write_text(yaml.safe_dump(config))
+
+        def trace(per_min: float, requests: int) -> Any:
+            slo, shapes = SloRule.parse("3x"), parse_shapes(options.shapes)
+            load = Workload(
+                "uniform",
+                per_min,
+                requests,
+                shapes=shapes,
+                slo=slo,
+                steps=options.steps,
+                profile=profile,
+                n_gpus=n_gpus,
+            )
+            return load.generate()
+
+        chains = [request.chain(profile, n_gpus) for request in trace(60.0, 400)]
+        gpu_s = statistics.fmean(sum(p.steps * p.step_s[1] for p in chain) for chain in chains)
+        per_min = 60 * options.load * n_gpus / gpu_s
+        requests = trace(per_min, round(per_min * options.minutes))
+        with running_server(path, args["scheduler"]["policy"]) as server:
+            watch = Watch(server, options.every)
+            watch.start()
+            with tqdm(total=len(requests), unit="request") as bar:
+                done = replay(server.url, requests, bar.update)
+            watch.stop()
+    names = sorted({name for one in watch.samples for name in one if name != "at_s"})
+    at_s = [one["at_s"] for one in watch.samples]
+    trends = {name: trend(at_s, [one.get(name, 0.0) for one in watch.samples]) for name in names}
+    summary = result_of("ilp", n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
+    result = {"rate_per_min": per_min, "errors": done.errors, "summary": summary, "trends": trends}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "soak.json", result)
+    (options.out / "soak.md").write_text(report(result, options))
+    print(report(result, options))
+
+
+def report(result: dict[str, Any], options: argparse.Namespace) -> str:
+    """`soak.md`."""
+    summary = result["summary"]
+    head = ["", "1st quarter", "2nd", "3rd", "4th", "slope an hour", "grows"]
+    body = [
+        [
+            name,
+            *(f"{value:.1f}" for value in found["quarters"]),
+            f"{found['slope_per_h']:+.1f} ± {found['error_per_h']:.1f}",
+            "yes" if found["grows"] else "no",
+        ]
+        for name, found in result["trends"].items()
+    ]
+    return (
+        f"`python bench/soak.py --minutes {options.minutes:g} --load {options.load:g}`: {result['rate_per_min']:.1f} "
+        f"requests a minute, GPUs busy {100 * summary['gpu_utilisation']:.0f} %, SLO attainment "
+        f"{summary['slo_attainment']:.3f}, errors {len(result['errors'])}. Medians of each quarter of the run.\n\n"
+        f"{markdown_table(head, body)}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
