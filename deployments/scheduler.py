@@ -207,6 +207,7 @@ class Scheduler:
             priority=request.priority,
             drop_late=request.drop_late,
             reject_infeasible=self._rejects(request),
+            client=request.client,
         )
         self._entries[request_id] = entry
         self._wake.set()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from solver.board import EPSILON_S, Board
 from solver.listing import Lister, Pick, bits
-from solver.schedule import Rule, Run, Schedule, by_deadline
+from solver.schedule import Rule, Run, Schedule, by_deadline, total_weight
 
 
 def schedule_on_time(
@@ -28,7 +28,7 @@ def schedule_on_time(
     Args:
         spare: idle GPUs that nobody here is widened onto.
         starving: gets one segment before all others, at its narrowest degree.
-        may_miss: more than so many late ones and the rest is of no interest.
+        may_miss: late ones of more than this weight and the rest is of no interest.
         stop_s: where `time.perf_counter` ends the look-ahead; what starts now is in it all the same.
     """
     order = sorted(runs, key=rule.order)
@@ -47,7 +47,7 @@ def schedule_on_time(
             hopeless = [run for run in order if run.latest_s < late_s]
             if hopeless:
                 schedule.missed.extend(hopeless)
-                if len(schedule.missed) > may_miss:
+                if total_weight(schedule.missed) > may_miss:
                     break
                 order = [run for run in order if run.latest_s >= late_s]
         if rule.order is not by_deadline:  # deadlines do not move

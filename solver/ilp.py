@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from solver.allocation import least_gpu_seconds
 from solver.board import Board, OpenJob, first_starving, waiting_order
 from solver.completion import fill_gaps, schedule_on_time
+from solver.fairness import fair_weights
 from solver.forecast import with_room_for_newcomers
 from solver.problem import Packing, Snapshot
-from solver.schedule import Rule, Run, Schedule, by_laxity, by_work, entries_of
+from solver.schedule import Rule, Run, Schedule, by_laxity, by_work, entries_of, total_weight
 from solver.selection import Demand, fits_all, select
 
 RULES = (
@@ -38,6 +39,7 @@ class _Search:
     """The best completion so far, within a limit on the clock."""
 
     board: Board
+    weights: Sequence[float]
     stop_s: float
     spare: int
     starving: OpenJob | None
@@ -60,14 +62,14 @@ class _Search:
             if found is not None and (self.is_over() or _is_good(found)):
                 break
             starving = None if self.starving is None else Run(self.starving)
-            runs = [Run(jobs[i]) for i in served]
+            runs = [Run(jobs[i], self.weights[i]) for i in served]
             schedule = schedule_on_time(
                 self.board,
                 runs,
                 rule,
                 spare=self.spare,
                 starving=starving,
-                may_miss=math.inf if self.best is None else len(runs) - self.best.on_time,
+                may_miss=math.inf if self.best is None else total_weight(runs) - self.best.on_time,
                 stop_s=self.stop_s,
             )
             self.info["completions"] += 1
@@ -84,7 +86,7 @@ def _is_good(schedule: Schedule) -> bool:
     return not schedule.is_cut and not schedule.missed and schedule.safety >= SAFE_SHARE
 
 
-def _worth(schedule: Schedule) -> tuple[int, float, float]:
+def _worth(schedule: Schedule) -> tuple[float, float, float]:
     """More on time; then not on the edge, since the next arrival is not in the plan; then lower mean finish.
 
     What was left off early has shown nothing.
@@ -115,9 +117,10 @@ class IlpPolicy:
         patient = sorted((job for job in board.jobs if job.job.deadline_s == math.inf), key=waiting_order)
         starving = first_starving(board, [*patient, *late])
         # while nobody is late for it, requests without deadline come before widening others beyond their need
-        search = _Search(board, stop_s, spare=len(patient), starving=starving)
+        demands = _demands(board, jobs)
+        weights = [demand.weight for demand in demands]
+        search = _Search(board, weights, stop_s, spare=len(patient), starving=starving)
         everybody = range(len(jobs))
-        demands = [_demand(job) for job in jobs]
         if fits_all(demands, board.capacity):
             search.complete(jobs, everybody, RULES[:1])
             if search.best and not search.best.missed and not _is_good(search.best):
@@ -149,15 +152,20 @@ class IlpPolicy:
         for _ in range(MAX_DROPS):
             if schedule is None or not schedule.missed or search.is_over():
                 return
-            served, schedule = self._drop_one(search, jobs, served, schedule)
+            served, schedule = self._drop_one(search, jobs, demands, served, schedule)
 
     def _drop_one(
-        self, search: _Search, jobs: Sequence[OpenJob], served: list[int], schedule: Schedule
+        self,
+        search: _Search,
+        jobs: Sequence[OpenJob],
+        demands: Sequence[Demand],
+        served: list[int],
+        schedule: Schedule,
     ) -> tuple[list[int], Schedule]:
         """Set aside the first that is late, or the dearest of those due until then, whichever ends better."""
         first = schedule.missed[0].open
         due = [i for i in served if jobs[i].job.deadline_s <= first.job.deadline_s]
-        dearest = max(due, key=lambda i: _demand(jobs[i]).gpu_seconds)
+        dearest = max(due, key=lambda i: demands[i].gpu_seconds / demands[i].weight)
         options = []
         for victim in {next(i for i in due if jobs[i] is first), dearest}:
             rest = [i for i in served if i != victim]
@@ -165,8 +173,16 @@ class IlpPolicy:
         return max(options, key=lambda option: _worth(option[1]))
 
 
-def _demand(job: OpenJob) -> Demand:
-    """What the request costs when it is served in the cheapest way that is on time."""
-    work = ((work.steps, work.table) for work in job.work)
-    gpu_seconds = least_gpu_seconds(work, job.job.deadline_s - job.start_s)
-    return Demand(job.job.deadline_s, gpu_seconds, job.job.set_aside, job.job.priority)
+def _demands(board: Board, jobs: Sequence[OpenJob]) -> list[Demand]:
+    """What each request costs when it is served in the cheapest way that is on time, and what that is worth."""
+    now_s = board.snapshot.now_s
+    costs = [
+        least_gpu_seconds(((work.steps, work.table) for work in job.work), job.job.deadline_s - job.start_s)
+        for job in jobs
+    ]
+    gpus = [cost / (job.job.deadline_s - now_s) for cost, job in zip(costs, jobs, strict=True)]
+    weights = fair_weights([job.job.client for job in jobs], gpus, len(board.free_at_s))
+    return [
+        Demand(job.job.deadline_s, cost, job.job.set_aside, job.job.priority, weight)
+        for job, cost, weight in zip(jobs, costs, weights, strict=True)
+    ]

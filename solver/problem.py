@@ -41,6 +41,7 @@ class Job:
         set_aside: the last packing gave this request up for the sake of others.
         priority: tie-break, larger first.
         slo_s: the budget it arrived with (deadline minus arrival); `math.inf` without deadline.
+        client: whose it is; clients share the board equally.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Job:
     set_aside: bool = False
     priority: int = 0
     slo_s: float = math.inf
+    client: str | None = None
 
     @property
     def least_work_s(self) -> float:

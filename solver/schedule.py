@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from solver.board import EPSILON_S, OpenJob
@@ -22,6 +22,7 @@ class Run:
         due_s: when the current phase must end at the latest.
         gpus: mask of the GPUs that hold its latents.
         finish_s: infinite until it is done.
+        weight: what it is worth on time.
     """
 
     __slots__ = (
@@ -35,11 +36,13 @@ class Run:
         "ready_s",
         "seconds",
         "steps",
+        "weight",
         "work",
     )
 
-    def __init__(self, job: OpenJob) -> None:
+    def __init__(self, job: OpenJob, weight: float = 1.0) -> None:
         self.open = job
+        self.weight = weight
         self.ready_s = job.start_s
         self.gpus = job.gpus
         self.finish_s = math.inf
@@ -137,6 +140,10 @@ def entries_of(segments: list[Segment]) -> list[Entry]:
     ]
 
 
+def total_weight(runs: Iterable[Run]) -> float:
+    return sum([run.weight for run in runs])
+
+
 @dataclass
 class Schedule:
     """Segments so far and what became of the requests.
@@ -154,8 +161,9 @@ class Schedule:
     is_cut: bool = False
 
     @property
-    def on_time(self) -> int:
-        return len(self.runs) - len(self.missed)
+    def on_time(self) -> float:
+        """Weight of the requests on time."""
+        return total_weight(self.runs) - total_weight(self.missed)
 
     @property
     def finish_sum_s(self) -> float:

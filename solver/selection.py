@@ -39,12 +39,13 @@ Row = tuple[dict[int, float], float]
 
 @dataclass(frozen=True)
 class Demand:
-    """One request as the ILP sees it: finite deadline, GPU-seconds it needs until then."""
+    """One request as the ILP sees it: finite deadline, GPU-seconds it needs until then, what it is worth on time."""
 
     deadline_s: float
     gpu_seconds: float
     set_aside: bool = False
     priority: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,20 @@ class Selection:
 
 
 def weights(demands: Sequence[Demand]) -> list[float]:
-    """What it is worth to have each request on time: about 1, less for the dear and for those already set aside.
+    """What it is worth to have each request on time: about its weight, less for the dear and those already set aside.
 
     Sticking to last round's victims keeps a plan from changing them until nobody is on time.
     """
     total = sum(demand.gpu_seconds for demand in demands) or 1.0
     ranks = {p: rank for rank, p in enumerate(sorted({demand.priority for demand in demands}))}
     return [
-        1.0
-        - SET_ASIDE_COST * demand.set_aside
-        - WORK_COST * demand.gpu_seconds / total
-        + PRIORITY_GAIN * ranks[demand.priority] / len(ranks)
+        demand.weight
+        * (
+            1.0
+            - SET_ASIDE_COST * demand.set_aside
+            - WORK_COST * demand.gpu_seconds / total
+            + PRIORITY_GAIN * ranks[demand.priority] / len(ranks)
+        )
         for demand in demands
     ]
 

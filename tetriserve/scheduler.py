@@ -65,6 +65,7 @@ class _Open:
     priority: int
     drop_late: bool
     reject_infeasible: bool
+    client: str | None = None
     committed: int = 0
     confirmed: int = 0
     ready_s: float = 0.0
@@ -160,6 +161,7 @@ class RoundScheduler:
         priority: int = 0,
         drop_late: bool = False,
         reject_infeasible: bool = False,
+        client: str | None = None,
     ) -> None:
         """A request enters with its chain of phases. Raises ValueError on a duplicate id or a chain that
         no GPU set can run."""
@@ -176,6 +178,7 @@ class RoundScheduler:
             priority,
             drop_late,
             reject_infeasible,
+            client,
             ready_s=now_s,
         )
         self._load.arrived(phases, deadline_s - now_s, now_s)
@@ -387,6 +390,7 @@ class RoundScheduler:
             set_aside=request.set_aside,
             priority=request.priority,
             slo_s=request.deadline_s - request.arrival_s,
+            client=request.client,
         )
 
     def _predict(self, now_s: float) -> None:
