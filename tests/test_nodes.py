@@ -27,7 +27,8 @@ from deployments.local import deploy
 from tetriserve.request import GenerateRequest
 
 # started here, since this process would otherwise lend its cores to the head
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"head": 1}, "include_dashboard": False})
+head = {"num_cpus": 1, "resources": {"head": 1}, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
 deploy(ServeDeploySchema.model_validate(yaml.safe_load(open(sys.argv[1]))))

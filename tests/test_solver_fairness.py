@@ -44,7 +44,7 @@ def test_a_flood_does_not_keep_another_client_out() -> None:
 
 
 def test_what_exceeds_a_share_does_not_keep_the_flood_out() -> None:
-    """Half of two GPUs for five seconds are a share: five small ones of `a`, but only one of the large ones of `b`."""
+    """Half of two GPUs for five seconds are a share: five small ones of `a`, but one large one of `b`."""
     jobs = [*flood("a"), *(job(f"large{i}", "b", 4.0, 8) for i in range(4))]
     met = on_time(planned(jobs), jobs)
     assert len([name for name in met if name.startswith("large")]) == 1
