@@ -23,8 +23,9 @@ one host. Recovery runs from the death (a stopped process dies when the watchdog
 - ingress: the next answer.
 
 The configuration is cluster_configs/cpu_local.yaml but for `step_timeout_floor_s`, after which the watchdog ends a
-replica that answers no calls: 5 instead of 30 s; and for `max_losses`, so high that no GPU is left out however often
-it is hit. Writes `chaos.json` and `chaos.md` to --out.
+replica that answers no calls: 5 instead of 30 s; for `load_timeout_s`, after which it ends one that was stopped while
+it loaded: 60 instead of 900 s; and for `max_losses`, so high that no GPU is left out however often it is hit.
+Writes `chaos.json` and `chaos.md` to --out.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ KINDS = {"replica-kill": 8, "replica-stop": 5, "scheduler-kill": 3, "scheduler-s
 """Kinds of faults and how often they come relative to each other."""
 
 WATCHDOG_FLOOR_S = 5.0
+LOAD_TIMEOUT_S = 60.0
 PROMPTS = (
     "a small red circle above a large blue square",
     "a green star",
@@ -152,7 +154,11 @@ def main() -> None:
 
     config = yaml.safe_load(CONFIG.read_text())
     args = config["applications"][0]["args"]
-    args["cell"] |= {"step_timeout_floor_s": WATCHDOG_FLOOR_S, "max_losses": 10 * options.faults}
+    args["cell"] |= {
+        "step_timeout_floor_s": WATCHDOG_FLOOR_S,
+        "load_timeout_s": LOAD_TIMEOUT_S,
+        "max_losses": 10 * options.faults,
+    }
     with tempfile.TemporaryDirectory() as folder:
         profile_file = options.profile or measured_profile(CONFIG, Path(folder))
         args["profile"]["path"] = str(profile_file.resolve())

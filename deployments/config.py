@@ -65,6 +65,11 @@ class CellArgs(_Section):
         gt=0,
         description="... but never before this many seconds; after them already if it answers no calls either.",
     )
+    load_timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="A replica that has not loaded the model within this many seconds is replaced.",
+    )
     max_losses: int = Field(
         3, ge=0, description="A GPU whose replica is lost more often than this in ten minutes is left out."
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
-from deployments.replica import THREADS, GPUReplica
+from deployments.replica import THREADS, GPUReplica, ReplicaInfo
 from solver.placement import gpu_sets, group_sets
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
@@ -26,11 +25,10 @@ Measured = Callable[[Shape, int, float], None]
 """Told of every measurement: shape, degree, seconds of a step."""
 
 
-LOAD_FACTOR = 5.0
-MIN_LOAD_LIMIT_S = 60.0
-"""A new replica that takes longer than the first ones took, times the factor, is given up."""
+LOAD_TRIES = 3
+"""A replica that dies or hangs while the cell starts is started again, so often at most."""
 
-ANSWER_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 5.0
 """A replica answers from threads of its own, also while it computes."""
 
 
@@ -52,7 +50,6 @@ class Fleet:
         self.device = ""
         self.fingerprint = ""
         self.epoch = 0
-        self._load_limit_s = MIN_LOAD_LIMIT_S
 
     def __len__(self) -> int:
         return self._args.cell.gpus
@@ -62,10 +59,8 @@ class Fleet:
 
     async def start(self) -> None:
         """Load the model everywhere and warm the groups of all sets. Raises `ConfigError`."""
-        begin_s = time.monotonic()
-        self._replicas = [self._new(gpu) for gpu in range(len(self))]
-        infos = await asyncio.gather(*(replica.info.remote() for replica in self._replicas))
-        self._load_limit_s = max(MIN_LOAD_LIMIT_S, LOAD_FACTOR * (time.monotonic() - begin_s))
+        self._replicas = [None] * len(self)
+        infos = await asyncio.gather(*(self._load(gpu, LOAD_TRIES) for gpu in range(len(self))))
         self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
         if len(self) > 1:
             port = await self._replicas[0].open_store.remote()
@@ -77,11 +72,26 @@ class Fleet:
     async def replace(self, gpu: int) -> None:
         """Put a new replica in place of a lost one and wait until it has loaded the model; `rejoin` it next.
 
-        Raises `TimeoutError` when that takes far longer than at the start, else what Ray or the replica raises.
+        Raises `TimeoutError` when that takes longer than `cell.load_timeout_s`, else what Ray or the replica raises.
         """
         self.kill(gpu)
-        self._replicas[gpu] = self._new(gpu)
-        await asyncio.wait_for(self._replicas[gpu].info.remote(), self._load_limit_s)
+        await self._load(gpu, 1)
+
+    async def _load(self, gpu: int, tries: int) -> ReplicaInfo:
+        while True:
+            self._replicas[gpu] = self._new(gpu)
+            try:
+                info: ReplicaInfo = await asyncio.wait_for(
+                    self._replicas[gpu].info.remote(), self._args.cell.load_timeout_s
+                )
+                return info
+            except (asyncio.TimeoutError, ray.exceptions.RayActorError) as error:
+                tries -= 1
+                # what the constructor itself raises it will raise again
+                if not tries or getattr(error, "actor_init_failed", False):
+                    raise
+                logger.error("GPU replica %d did not start: %r", gpu, error)
+                self.kill(gpu)
 
     async def rejoin(self, gpu: int, others: set[int]) -> None:
         """Bring a new replica together with the survivors among `others`, who keep weights and states.

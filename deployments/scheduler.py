@@ -53,7 +53,7 @@ LOSS_WINDOW_S = 600.0
 """A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""
 
 JOIN_TIMEOUT_S = 900.0
-"""A new replica waits for the ranges that its partners are in; the watchdog ends those that hang."""
+"""A new replica waits for the ranges that its partners are in; the health check ends those that hang."""
 
 POLL_S = 0.05
 
@@ -489,11 +489,14 @@ class Scheduler:
     async def check_health(self) -> None:
         """Raise when the cell is broken: no GPU is left, planning ended, or steps stopped advancing.
 
-        A replica that stands still is ended here, and replaced like a dead one; so is one that died idle.
+        A replica that stands still is ended here, and replaced like a dead one; so is one that died idle, or that
+        keeps a new one from joining.
         """
         if not self._failure:
             busy = {gpu for assignment in self._rounds.running for gpu in assignment.gpus}
-            for gpu in await self._fleet.dead(set(range(len(self._fleet))) - busy - self._lost):
+            idle = set(range(len(self._fleet))) - busy - self._lost
+            gone = await (self._fleet.silent(idle) if self._joining.locked() else self._fleet.dead(idle))
+            for gpu in gone:
                 self._lose(gpu)
             await self._watch(time.monotonic())
         if self._failure and self._failure != "starting":
