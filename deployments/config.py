@@ -71,7 +71,10 @@ class CellArgs(_Section):
         description="A replica that has not loaded the model within this many seconds is replaced.",
     )
     max_losses: int = Field(
-        3, ge=0, description="A GPU whose replica is lost more often than this in ten minutes is left out."
+        3,
+        ge=0,
+        description="A GPU whose replica is lost more often than this in ten minutes is cordoned: left out until its "
+        "cell starts anew.",
     )
 
     @field_validator("degrees")

@@ -435,12 +435,12 @@ class Scheduler:
         self._spawn(self._recover(gpu))
 
     async def _recover(self, gpu: int) -> None:
-        """Replace a lost replica. After too many losses the GPU stays off the board."""
+        """Replace a lost replica. After too many losses the GPU is cordoned: it stays off the board."""
         while True:
             now_s = time.monotonic()
             self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
             if len(self._losses[gpu]) > self._args.cell.max_losses:
-                logger.error("GPU %d was lost %d times: it is left out", gpu, len(self._losses[gpu]))
+                logger.error("GPU %d was lost %d times: it is cordoned", gpu, len(self._losses[gpu]))
                 if len(self._lost) == len(self._fleet):
                     self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
                 self._strand()
@@ -464,9 +464,13 @@ class Scheduler:
         logger.info("GPU replica %d is back", gpu)
         self._wake.set()
 
+    def _cordoned(self) -> tuple[int, ...]:
+        """GPUs left out for good."""
+        most = self._args.cell.max_losses
+        return tuple(gpu for gpu in range(len(self._fleet)) if len(self._losses[gpu]) > most)
+
     def _usable_gpus(self) -> int:
-        """All but those left out for good."""
-        return sum(len(self._losses[gpu]) <= self._args.cell.max_losses for gpu in range(len(self._fleet)))
+        return len(self._fleet) - len(self._cordoned())
 
     def _strand(self) -> None:
         """End the requests that need more GPUs than there will be."""
@@ -539,6 +543,7 @@ class Scheduler:
             plan_ms_p50=1000 * _quantile(self._plan_s, 0.5),
             plan_ms_p99=1000 * _quantile(self._plan_s, 0.99),
             fallbacks=self.fallbacks,
+            cordoned=self._cordoned(),
         )
 
     async def model_info(self) -> ModelInfo:

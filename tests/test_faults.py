@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -297,3 +298,21 @@ def test_a_cancel_in_decode(lab: Lab) -> None:
     leave_when(lab, LONG_DECODE, lab.decodes(lab.of_gpu_0()))
     wait_until(lambda: lab.cell()["open_requests"] == 0)
     lab.check(LARGE, answers=lab.start(LARGE))
+
+
+def test_a_gpu_that_is_lost_too_often_is_cordoned(tmp_path: Path) -> None:
+    server = Server(write_config(tmp_path, PROFILE, max_losses=0, step_timeout_floor_s=60))
+    lab = Lab(server)
+    answer = lab.start(LARGE)[0]
+    wait_until(lambda: lab.cell()["running"] > 0)
+    victim = server.replicas()[0]
+    victim.kill()
+    metrics = answer.result(timeout=TIMEOUT_S)["metrics"]
+    (gpu,) = lab.cell()["cordoned"]
+    assert lab.cell()["gpus_ready"] == 1
+    after = [part["gpus"] for part in metrics["schedule"] if part["kind"] == "decode"]
+    assert after == [[1 - gpu]]
+    assert lab.post(LARGE)["metrics"]["steps"] == [
+        {"steps": LARGE["num_inference_steps"], "degree": 1, "gpus": [1 - gpu]}
+    ]
+    server.stop()

@@ -195,9 +195,15 @@ async def main():
         assert error.field == "prompt", error
     else:
         raise AssertionError("an empty prompt was accepted")
-    cancelled = handle.generate.remote(GenerateRequest("a", 1024, 1024, num_inference_steps=50))
+    long = GenerateRequest("a", 1024, 1024, num_inference_steps=50)
+    cancelled = handle.generate.remote(long)
     await asyncio.sleep(1)
     cancelled.cancel()
+    left = handle.options(stream=True).stream.remote(long)
+    async for item in left:
+        if item.steps_done:
+            break
+    left.cancel()
 
 asyncio.run(main())
 print("handle ok")
@@ -205,7 +211,7 @@ print("handle ok")
 
 
 def test_python_handle(server: Server) -> None:
-    """Another Ray app on the same cluster: generate, stream, errors, cancel."""
+    """Another Ray app on the same cluster: generate, stream, errors, cancel, leaving in mid-stream."""
     done = subprocess.run(
         [sys.executable, "-c", HANDLE_CLIENT], capture_output=True, text=True, timeout=120, check=False
     )

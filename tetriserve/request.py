@@ -244,6 +244,7 @@ class CellStatus:
 
     Attributes:
         reason: why it is not ready; empty when it is.
+        cordoned: GPUs left out for good, whose replicas were lost too often.
         running: step ranges committed and not yet reported.
         plan_ms_p50, plan_ms_p99: of the last decisions, dispatch excluded.
         fallbacks: decisions that the fallback took over, since the start.
@@ -259,6 +260,7 @@ class CellStatus:
     plan_ms_p50: float = 0.0
     plan_ms_p99: float = 0.0
     fallbacks: int = 0
+    cordoned: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
