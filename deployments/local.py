@@ -199,6 +199,8 @@ def start_ray(cpus: float) -> None:
     Ray is told of `cpus` at least, however few cores there are: they are its bookkeeping, not a limit.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would remember every call for a dashboard that is not there: 60 MiB in an hour (bench/soak.py)
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     ray.init(
         address="local",
         namespace="serve",

@@ -302,11 +302,16 @@ def test_a_cancel_in_decode(lab: Lab) -> None:
 
 def test_a_gpu_that_is_lost_too_often_is_cordoned(tmp_path: Path) -> None:
     server = Server(write_config(tmp_path, PROFILE, max_losses=0, step_timeout_floor_s=60))
-    lab = Lab(server)
+    try:
+        check_cordon(Lab(server))
+    finally:
+        server.stop()
+
+
+def check_cordon(lab: Lab) -> None:
     answer = lab.start(LARGE)[0]
     wait_until(lambda: lab.cell()["running"] > 0)
-    victim = server.replicas()[0]
-    victim.kill()
+    lab.server.replicas()[0].kill()
     metrics = answer.result(timeout=TIMEOUT_S)["metrics"]
     (gpu,) = lab.cell()["cordoned"]
     assert lab.cell()["gpus_ready"] == 1
@@ -315,4 +320,3 @@ def test_a_gpu_that_is_lost_too_often_is_cordoned(tmp_path: Path) -> None:
     assert lab.post(LARGE)["metrics"]["steps"] == [
         {"steps": LARGE["num_inference_steps"], "degree": 1, "gpus": [1 - gpu]}
     ]
-    server.stop()
