@@ -186,7 +186,7 @@ class Ingress:
         except asyncio.TimeoutError:
             raise NotReady(f"no cell answers within {STATUS_TIMEOUT_S:g} s") from None
         except Exception as error:
-            raise _translate(error) from error
+            raise _unanswered(error) from error
         return [answer for answer in answers if isinstance(answer, CellStatus)]
 
     async def model_info(self) -> ModelInfo:
@@ -200,7 +200,7 @@ class Ingress:
             response.cancel()
             raise NotReady("the model is still loading") from None
         except Exception as error:
-            raise _translate(error) from error
+            raise _unanswered(error) from error
         self._info = info
         return info
 
@@ -470,6 +470,11 @@ def _translate(error: Exception) -> TetriserveError:
     if isinstance(ours, GenerationFailed):
         logger.warning("a call to the cell failed", exc_info=error)
     return ours
+
+
+def _unanswered(error: Exception) -> TetriserveError:
+    """The same for a question to the cells, which a cell that is just being lost leaves open."""
+    return NotReady("the cell was lost") if _is_lost(error) else _translate(error)
 
 
 def _why_not_ready(statuses: list[CellStatus]) -> str:

@@ -472,10 +472,13 @@ def test_requests_are_refused_while_no_cell_is_ready() -> None:
     check_error(answer, 503, "not_ready")
     assert answer.headers["retry-after"] == "1"
     assert not cell.requests
-    cell = Cell()
-    cell.unavailable = DeploymentUnavailableError(None)
-    check_error(post(cell, **PICTURE), 503, "not_ready")
-    assert ask(cell, "GET", "/health").status_code == 503
+    for gone in (DeploymentUnavailableError(None), ActorDiedError()):
+        cell = Cell()
+        cell.unavailable = gone
+        answer = post(cell, **PICTURE)
+        check_error(answer, 503, "not_ready")
+        assert answer.headers["retry-after"] == "1"
+        assert ask(cell, "GET", "/health").status_code == 503
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models"])
