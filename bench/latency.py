@@ -70,9 +70,8 @@ def main() -> None:
         table[name] = measure(cells[name], dp, options.seeds)
     write_json(options.out / "latency.json", table)
     body = [[row, *(f"{cell[row]:.3f}" for cell in table.values())] for row in ROWS]
-    text = (
-        f"`python bench/latency.py`: mean latency of requests on time in seconds, {len(options.seeds)} seeds"
-    )
+    cells_and_seeds = f"--cells {' '.join(options.cells)} --seeds {' '.join(map(str, options.seeds))}"
+    text = f"`python bench/latency.py {cells_and_seeds}`: mean latency of requests on time in seconds"
     (options.out / "latency.md").write_text(f"{text}\n\n{markdown_table(['', *table], body)}\n")
 
 
