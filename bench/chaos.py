@@ -40,7 +40,6 @@ import shlex
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -51,16 +50,12 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-import yaml
 from PIL import Image
-from server import RunningServer, measured_profile, running_server
+from server import MIX, RunningServer, Setup, local_setup, running_server
 from tqdm import tqdm
 
-from tetriserve.profile import Profile
 from tetriserve.trace import TraceRequest
-from tetriserve.workload import SloRule, Workload, parse_shapes
 
-CONFIG = Path("cluster_configs/cpu_local.yaml")
 ROLES = {
     "replica": "ray::GPUReplica",
     "scheduler": "ray::Scheduler",
@@ -73,6 +68,8 @@ KINDS = {"replica-kill": 8, "replica-stop": 5, "scheduler-kill": 3, "scheduler-s
 """Kinds of faults and how often they come relative to each other."""
 
 WATCHDOG_FLOOR_S = 5.0
+DEATH_SEEN_S = 0.5
+"""So much later than the scheduler we may see a death, on busy cores."""
 LOAD_TIMEOUT_S = 60.0
 PROMPTS = (
     "a small red circle above a large blue square",
@@ -145,28 +142,22 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=30.0, metavar="PER_MINUTE")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--shapes", default="256x256=4,512x512=3,1024x1024=1", help="with weights")
+    parser.add_argument("--shapes", default=MIX, help="with weights")
     parser.add_argument("--slo", default="3x", help="deadline, times the best time alone")
     parser.add_argument("--patience", type=float, default=300.0, metavar="S", help="for one picture")
     parser.add_argument("--profile", type=Path, help="step times; default: measured first")
     parser.add_argument("--out", type=Path, default=Path("bench/results/chaos"))
     options = parser.parse_args()
 
-    config = yaml.safe_load(CONFIG.read_text())
-    args = config["applications"][0]["args"]
-    args["cell"] |= {
+    cell = {
         "step_timeout_floor_s": WATCHDOG_FLOOR_S,
         "load_timeout_s": LOAD_TIMEOUT_S,
         "max_losses": 10 * options.faults,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        profile_file = options.profile or measured_profile(CONFIG, Path(folder))
-        args["profile"]["path"] = str(profile_file.resolve())
-        path = Path(folder) / "chaos.yaml"
-        path.write_text(yaml.safe_dump(config))
-        trace = make_trace(options, Profile.load(profile_file), args["cell"]["gpus"])
+    with local_setup(options.profile, **cell) as setup:
+        trace = make_trace(options, setup)
         faults = make_faults(options, trace)
-        with running_server(path, args["scheduler"]["policy"]) as server:
+        with running_server(setup.config, setup.args["scheduler"]["policy"]) as server:
             fresh = asyncio.run(settled(server))
             calm, _ = asyncio.run(play(server, trace, (), "calm", options.patience))
             before = asyncio.run(settled(server))
@@ -183,19 +174,16 @@ def main() -> None:
     print(report(result))
 
 
-def make_trace(options: argparse.Namespace, profile: Profile, n_gpus: int) -> list[TraceRequest]:
+def make_trace(options: argparse.Namespace, setup: Setup) -> list[TraceRequest]:
     """The trace, every request with a prompt and a seed of its own."""
-    trace = Workload(
-        "uniform",
+    trace = setup.mixed_trace(
         options.rate,
         options.requests,
-        shapes=parse_shapes(options.shapes),
-        slo=SloRule.parse(options.slo),
+        shapes=options.shapes,
+        slo=options.slo,
         steps=options.steps,
         seed=options.seed,
-        profile=profile,
-        n_gpus=n_gpus,
-    ).generate()
+    )
     return [
         replace(request, prompt=PROMPTS[number % len(PROMPTS)], seed=number)
         for number, request in enumerate(trace)
@@ -419,7 +407,8 @@ def recoveries(answers: Sequence[Answer], struck: Sequence[Struck]) -> list[dict
     deaths_s = sorted(s.died_s for s in struck if s.kind.startswith("replica") and s.died_s is not None)
     held: dict[float, list[float]] = {death_s: [] for death_s in deaths_s}
     for answer in answers:
-        victims = {max((d for d in deaths_s if d <= part["noticed_s"]), default=None) for part in answer.lost}
+        noticed_s = [part["noticed_s"] + DEATH_SEEN_S for part in answer.lost]
+        victims = {max((d for d in deaths_s if d <= until_s), default=None) for until_s in noticed_s}
         for death_s in victims - {None}:
             assert death_s is not None
             held[death_s] += first_after(

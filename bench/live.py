@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-from server import measured_profile, running_server
+from server import MIX, local_setup, running_server
 from tqdm import tqdm
 
 from deployments.config import AppArgs, SchedulerArgs
@@ -25,9 +23,7 @@ from tetriserve.profile import Profile
 from tetriserve.replay import replay
 from tetriserve.simulate import named_policy, simulate
 from tetriserve.trace import TraceRequest
-from tetriserve.workload import SloRule, Workload, parse_shapes
 
-CONFIG = Path("cluster_configs/cpu_local.yaml")
 POLICIES = ("ilp", "dp", "edf", "rssp", "sp1", "sp2")
 
 
@@ -40,44 +36,34 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--rate", type=float, default=40.0, metavar="PER_MINUTE")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--shapes", default="256x256=4,512x512=3,1024x1024=1", help="with weights")
+    parser.add_argument("--shapes", default=MIX, help="with weights")
     parser.add_argument("--slo", default="3x", help="deadline, times the best time alone")
     parser.add_argument("--out", type=Path, default=Path("bench/results/live"))
     options = parser.parse_args()
 
-    config = yaml.safe_load(CONFIG.read_text())
-    args = config["applications"][0]["args"]
-    scheduler = AppArgs.parse(args).scheduler
-    n_gpus = args["cell"]["gpus"]
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        profile_file = measured_profile(CONFIG, Path(folder))
-        profile = Profile.load(profile_file)
-        args["profile"]["path"] = str(profile_file)
-        path = Path(folder) / "live.yaml"
-        path.write_text(yaml.safe_dump(config))
+    with local_setup() as setup:
+        scheduler = AppArgs.parse(setup.args).scheduler
+        n_gpus = setup.n_gpus
         runs = [(seed, policy) for seed in range(options.repeats) for policy in options.policies]
         for seed, policy in (bar := tqdm(runs, unit="run")):
             bar.set_description(f"{policy} seed {seed}")
-            trace = Workload(
-                "uniform",
+            trace = setup.mixed_trace(
                 options.rate,
                 options.requests,
-                shapes=parse_shapes(options.shapes),
-                slo=SloRule.parse(options.slo),
+                shapes=options.shapes,
+                slo=options.slo,
                 steps=options.steps,
                 seed=seed,
-                profile=profile,
-                n_gpus=n_gpus,
-            ).generate()
-            with running_server(path, policy) as server:
+            )
+            with running_server(setup.config, policy) as server:
                 live = replay(server.url, trace, lambda: None)
             rows.append(
                 {
                     "policy": policy,
                     "seed": seed,
                     "live": result_of(policy, n_gpus, live.outcomes, live.schedule, live.plan_ms)["summary"],
-                    "simulated": simulated(trace, profile, policy, n_gpus, scheduler),
+                    "simulated": simulated(trace, setup.profile, policy, n_gpus, scheduler),
                     "errors": live.errors,
                 }
             )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -23,17 +22,14 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-import yaml
 from policy_report import markdown_table
-from server import RunningServer, measured_profile, running_server
+from server import MIX, RunningServer, local_setup, running_server
 from tqdm import tqdm
 
 from tetriserve.metrics import result_of, write_json
-from tetriserve.profile import Profile
 from tetriserve.replay import replay
-from tetriserve.workload import SloRule, Workload, parse_shapes
+from tetriserve.trace import TraceRequest
 
-CONFIG = Path("cluster_configs/cpu_local.yaml")
 NOTHING = 0.05
 """Growth in an hour, as a share of the mean, that is not worth a word."""
 
@@ -107,39 +103,22 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--every", type=float, default=10.0, metavar="S")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--shapes", default="256x256=4,512x512=3,1024x1024=1", help="with weights")
+    parser.add_argument("--shapes", default=MIX, help="with weights")
     parser.add_argument("--out", type=Path, default=Path("bench/results/soak"))
     options = parser.parse_args()
 
-    config = yaml.safe_load(CONFIG.read_text())
-    args = config["applications"][0]["args"]
-    n_gpus = args["cell"]["gpus"]
-    with tempfile.TemporaryDirectory() as folder:
-        profile_file = measured_profile(CONFIG, Path(folder))
-        profile = Profile.load(profile_file)
-        args["profile"]["path"] = str(profile_file)
-        path = Path(folder) / "soak.yaml"
-        path.write_text(yaml.safe_dump(config))
+    with local_setup() as setup:
+        n_gpus = setup.n_gpus
 
-        def trace(per_min: float, requests: int) -> Any:
-            slo, shapes = SloRule.parse("3x"), parse_shapes(options.shapes)
-            load = Workload(
-                "uniform",
-                per_min,
-                requests,
-                shapes=shapes,
-                slo=slo,
-                steps=options.steps,
-                profile=profile,
-                n_gpus=n_gpus,
-            )
-            return load.generate()
+        def trace(per_min: float, requests: int) -> list[TraceRequest]:
+            return setup.mixed_trace(per_min, requests, shapes=options.shapes, slo="3x", steps=options.steps)
 
-        chains = [request.chain(profile, n_gpus) for request in trace(60.0, 400)]
+        chains = [request.chain(setup.profile, n_gpus) for request in trace(60.0, 400)]
         gpu_s = statistics.fmean(sum(p.steps * p.step_s[1] for p in chain) for chain in chains)
         per_min = 60 * options.load * n_gpus / gpu_s
         requests = trace(per_min, round(per_min * options.minutes))
-        with running_server(path, args["scheduler"]["policy"]) as server:
+        policy = setup.args["scheduler"]["policy"]
+        with running_server(setup.config, policy) as server:
             watch = Watch(server, options.every)
             watch.start()
             with tqdm(total=len(requests), unit="request") as bar:
@@ -148,7 +127,7 @@ def main() -> None:
     names = sorted({name for one in watch.samples for name in one if name != "at_s"})
     at_s = [one["at_s"] for one in watch.samples]
     trends = {name: trend(at_s, [one.get(name, 0.0) for one in watch.samples]) for name in names}
-    summary = result_of("ilp", n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
+    summary = result_of(policy, n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
     result = {"rate_per_min": per_min, "errors": done.errors, "summary": summary, "trends": trends}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "soak.json", result)

@@ -21,6 +21,13 @@ STOP_POLL_S = 0.5
 INGRESS_REQUESTS = 4096
 """Requests one ingress replica holds at a time; the cells' own queue limit is meant to be met first."""
 
+SUPERVISION: dict[str, Any] = {
+    "health_check_period_s": HEALTH_PERIOD_S,
+    "health_check_timeout_s": HEALTH_TIMEOUT_S,
+    "graceful_shutdown_wait_loop_s": STOP_POLL_S,
+}
+"""How Serve looks after each of the deployments."""
+
 
 def build(args: dict[str, Any]) -> Application:
     """`Ingress` over `Cell` and `Pictures`. Raises `ConfigError`, one line, naming the first wrong key of `args`."""
@@ -33,25 +40,19 @@ def build(args: dict[str, Any]) -> Application:
         placement_group_strategy="STRICT_PACK",
         # above the cell's own limit: it answers the surplus at once, and must hear health and status calls
         max_ongoing_requests=2 * parsed.scheduler.max_open_requests + 64,
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_wait_loop_s=STOP_POLL_S,
+        **SUPERVISION,
     )(Cell)
     pictures = serve.deployment(
         name="Pictures",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_wait_loop_s=STOP_POLL_S,
+        **SUPERVISION,
     )(Pictures)
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=parsed.http.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_wait_loop_s=STOP_POLL_S,
+        **SUPERVISION,
     )(serve.ingress()(Ingress))
     return ingress.bind(cell.bind(parsed), pictures.bind(parsed.http), parsed)

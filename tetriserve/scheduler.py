@@ -168,7 +168,7 @@ class RoundScheduler:
         if request_id in self._open:
             raise ValueError(f"request {request_id} is already open")
         for phase in phases:
-            if phase.steps < 1 or not any(degree <= self.n_gpus for degree in phase.step_s):
+            if phase.steps < 1 or not _fits((phase,), self.n_gpus):
                 raise ValueError(f"request {request_id}: no GPU set can run its {phase.kind} phase")
         self._open[request_id] = _Open(
             request_id,
