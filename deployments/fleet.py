@@ -40,6 +40,7 @@ class Fleet:
         device: its device, in words.
         fingerprint: changes with anything that changes step times.
         epoch: counts the rendezvous stores; a new one with every replaced replica.
+        held: how many requests have tensors on each GPU, as its replica said last.
     """
 
     def __init__(self, args: AppArgs, group: PlacementGroup) -> None:
@@ -50,6 +51,7 @@ class Fleet:
         self.device = ""
         self.fingerprint = ""
         self.epoch = 0
+        self.held = [0] * len(self)
 
     def __len__(self) -> int:
         return self._args.cell.gpus
@@ -75,6 +77,7 @@ class Fleet:
         Raises `TimeoutError` when that takes longer than `cell.load_timeout_s`, else what Ray or the replica raises.
         """
         self.kill(gpu)
+        self.held[gpu] = 0
         await self._load(gpu, 1)
 
     async def _load(self, gpu: int, tries: int) -> ReplicaInfo:
@@ -123,7 +126,8 @@ class Fleet:
 
         async def state(gpu: int) -> str:
             try:
-                await asyncio.wait_for(self._replicas[gpu].info.remote(), ANSWER_TIMEOUT_S)
+                asked = self._replicas[gpu].held.remote()
+                self.held[gpu] = await asyncio.wait_for(asked, ANSWER_TIMEOUT_S)
             except asyncio.TimeoutError:
                 return "silent"
             except ray.exceptions.RayError:

@@ -175,8 +175,15 @@ class GPUReplica:
         return ReplicaInfo(adapter.info, device, fingerprint)
 
     def info(self) -> ReplicaInfo:
-        """Answers at once, also while the engine computes: the scheduler asks whether this replica lives."""
+        """What was loaded."""
         return self._info
+
+    def held(self) -> int:
+        """How many requests have tensors here.
+
+        Answers at once, also while the engine computes: the scheduler asks whether this replica lives.
+        """
+        return self._engine.held
 
     def open_store(self) -> int:
         """Host a fresh rendezvous store for the cell; returns its port."""
@@ -266,7 +273,8 @@ class GPUReplica:
 
     def leave(self, gpus: tuple[int, ...], seq: int) -> None:
         """Another member of range `seq` failed: do not wait for it any longer."""
-        if self._device.type == "cuda":  # gloo notices by itself
+        self._engine.groups.call_off(seq)
+        if self._device.type == "cuda":  # in a collective gloo notices by itself
             self._engine.groups.leave(gpus, seq)
 
     def release(self, request_id: str) -> None:

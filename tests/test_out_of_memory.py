@@ -58,7 +58,7 @@ class GreedyReplica(GPUReplica):
 
         adapter.step, adapter.decode = greedy_step, greedy_decode
 
-    def held(self) -> list[str]:
+    def still_held(self) -> list[str]:
         """Requests that still take memory here."""
         return self._order.run(lambda: sorted({*self._engine._states, *self._engine._conditioning}))
 
@@ -127,7 +127,7 @@ def test_out_of_memory_ends_or_widens_its_request_only(
         status = await scheduler.status()
         assert (status.gpus_ready, status.open_requests) == (2, 0)
         for _ in range(100):
-            held = await asyncio.gather(*(scheduler._fleet[gpu].held.remote() for gpu in range(2)))
+            held = await asyncio.gather(*(scheduler._fleet[gpu].still_held.remote() for gpu in range(2)))
             if held == [[], []]:
                 break
             await asyncio.sleep(0.05)

@@ -257,6 +257,22 @@ def test_a_late_range_moves_what_waits_behind_it_on_all_gpus_alike() -> None:
     assert scheduler.snapshot(0.95).free_at_s == pytest.approx((0.9, 0.9))
 
 
+def test_a_gpu_lost_while_a_plan_is_in_flight_gets_nothing_of_it() -> None:
+    rounds = RoundScheduler(Pair(), 2, round_s=1.0, lead_s=10.0)
+    rounds.arrived("a", (Phase("encode", 1, {1: 0.05}), Phase("denoise", 10, {2: 0.5})), 0.0)
+    rounds.arrived("b", (Phase("encode", 1, {1: 0.05}), Phase("denoise", 10, {2: 0.5})), 0.0)
+    snapshot = rounds.snapshot(0.0)
+    packing = rounds.policy(snapshot)
+    assert any(1 in entry.gpus for entry in packing.entries)
+    rounds.gpu_lost(1)
+    rounds.cancelled("b")
+    assignments = rounds.commit(snapshot, packing, 0.0).assignments
+    assert [(a.kind, a.gpus, a.request_ids) for a in assignments] == [("encode", (0,), ("a",))]
+    rounds.finished(assignments[0].seq, 0.1)
+    rounds.gpu_back(1, 1.0)
+    assert [(a.kind, a.gpus) for a in rounds.plan(1.0).assignments] == [("denoise", (0, 1))]
+
+
 def test_drop_late_is_reported_once_hopeless() -> None:
     scheduler = RoundScheduler(Alone(), 1)
     scheduler.arrived("a", (Phase("denoise", 10, {1: 0.5}),), 0.0, deadline_s=6.0, drop_late=True)

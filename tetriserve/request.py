@@ -246,6 +246,7 @@ class CellStatus:
         reason: why it is not ready; empty when it is.
         cordoned: GPUs left out for good, whose replicas were lost too often.
         running: step ranges committed and not yet reported.
+        held: requests with tensors on the GPUs, summed over the GPUs, as the idle ones said at the last health check.
         plan_ms_p50, plan_ms_p99: of the last decisions, dispatch excluded.
         fallbacks: decisions that the fallback took over, since the start.
     """
@@ -261,6 +262,7 @@ class CellStatus:
     plan_ms_p99: float = 0.0
     fallbacks: int = 0
     cordoned: tuple[int, ...] = ()
+    held: int = 0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._conditioning: dict[str, tuple[GenerateRequest, dict[str, torch.Tensor]]] = {}
 
+    @property
+    def held(self) -> int:
+        """Requests that have tensors here."""
+        return len(self._conditioning)
+
     @torch.inference_mode()
     def encode(self, request_id: str, request: GenerateRequest) -> tuple[Report, Conditioning, Latents]:
         """Text encoders and initial noise. `request.seed` must be set."""

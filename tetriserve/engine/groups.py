@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,11 @@ import torch.distributed as dist
 COLLECTIVE_TIMEOUT_S = 1800.0
 """A rank may wait this long for its partners, who may still be in an earlier assignment; the scheduler's
 watchdog acts long before."""
+
+BUILD_TIMEOUT_S = 30.0
+"""Members that have all met build their group within this time."""
+
+MEET_POLL_S = 0.002
 
 LOOPBACK = "127.0.0.1"
 """A cell lives on one node: nothing of it listens on the network."""
@@ -98,6 +104,7 @@ class GroupTable:
         self.device = device
         self._stores: dict[int, dist.Store] = {}
         self._groups: dict[tuple[int, ...], SPGroup] = {}
+        self._called_off: set[int] = set()
 
     def join(self, epoch: int, port: int) -> None:
         """Use the store on `port` for groups that are built in `epoch`."""
@@ -113,7 +120,7 @@ class GroupTable:
         """The group of a GPU set that holds this GPU, made and warmed on first use; None for a single GPU.
 
         `seq` is the range that asks, the same on all members: they meet under it, since names in a store are
-        good for one meeting only.
+        good for one meeting only. Raises RuntimeError when the range is called off before all have come.
         """
         if len(gpus) == 1:
             return None
@@ -124,11 +131,27 @@ class GroupTable:
             rank = gpus.index(self.gpu)
             name = "-".join(map(str, gpus))
             store = dist.PrefixStore(f"{name}@{seq}", self._stores[epoch])
+            self._meet(store, rank, len(gpus), seq)
             found = SPGroup(gpus, rank, self._backend(store, rank, len(gpus)), seq)
             ones = [1] * len(gpus)
             found.all_to_all(torch.zeros(len(gpus), device=self.device), ones, ones)
             self._groups[gpus] = found
         return found
+
+    def _meet(self, store: dist.Store, rank: int, size: int, seq: int) -> None:
+        """Wait until all members are here: partners may still be in an earlier range, and building cannot be
+        interrupted."""
+        self._called_off.difference_update([old for old in tuple(self._called_off) if old < seq])
+        store.set(f"here/{rank}", "")
+        everyone = [f"here/{member}" for member in range(size)]
+        while not store.check(everyone):
+            if seq in self._called_off:
+                raise RuntimeError(f"range {seq} was called off: a member failed")
+            time.sleep(MEET_POLL_S)
+
+    def call_off(self, seq: int) -> None:
+        """A member of range `seq` failed: do not wait for it to come. From any thread."""
+        self._called_off.add(seq)
 
     def drop(self, gpu: int) -> None:
         """Tear down the groups that a lost GPU was in; weights, request states and other groups stay."""
@@ -157,8 +180,10 @@ class GroupTable:
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=LOOPBACK)]
-        options._timeout = _timeout()
-        return gloo(store, rank, size, options)
+        options._timeout = datetime.timedelta(seconds=BUILD_TIMEOUT_S)
+        backend = gloo(store, rank, size, options)
+        backend._set_default_timeout(_timeout())
+        return backend
 
 
 def _timeout() -> datetime.timedelta:
