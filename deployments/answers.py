@@ -106,6 +106,12 @@ class ImagesAnswer(_Answer):
     usage: Usage
 
 
+class DeletedAnswer(_Answer):
+    id: str
+    object: Literal["image.generation.deleted"]
+    deleted: Literal[True]
+
+
 class ModelAnswer(_Answer):
     id: str
     object: Literal["model"]
@@ -152,7 +158,15 @@ IMAGES: Responses = ERRORS | {
     200: {"model": ImagesAnswer},
     400: {"model": ErrorAnswer, "description": "`param` names the field, the message what is allowed."},
     404: {"model": ErrorAnswer, "description": "A model that is not served here."},
+    409: {"model": ErrorAnswer, "description": "Cancelled by a DELETE with the same Idempotency-Key."},
     413: {"model": ErrorAnswer, "description": "The body is too large."},
+}
+DELETED: Responses = ERRORS | {
+    200: {"model": DeletedAnswer},
+    404: {
+        "model": ErrorAnswer,
+        "description": "Nothing was asked for under this Idempotency-Key, or long ago.",
+    },
 }
 MODELS: Responses = ERRORS | {200: {"model": ModelsAnswer}}
 MODEL: Responses = ERRORS | {

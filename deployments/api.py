@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from tetriserve.errors import (
+    Cancelled,
     DeadlineInfeasible,
     GenerationFailed,
     InvalidRequest,
@@ -193,10 +194,10 @@ class ImageRequest(BaseModel):
             GenerateRequest(
                 prompt=self.prompt,
                 seed=None if self.seed is None else self.seed + picture,
-                request_id=request_id if self.n == 1 else f"{request_id}-{picture}",
+                request_id=one_id,
                 **fields,
             )
-            for picture in range(self.n)
+            for picture, one_id in enumerate(picture_ids(request_id, self.n))
         ]
 
     def _slo_s(self) -> float | None:
@@ -226,6 +227,11 @@ def _nested(fields: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(key, "must be an object or a string holding a JSON object")
     return _present(value)
+
+
+def picture_ids(response_id: str, n: int) -> list[str]:
+    """The ids of the `n` requests behind one HTTP request."""
+    return [response_id] if n == 1 else [f"{response_id}-{picture}" for picture in range(n)]
 
 
 def metrics_body(metrics: Metrics) -> dict[str, Any]:
@@ -300,6 +306,9 @@ def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[st
     body = error_body(error.message, "server_error", error.code)
     if isinstance(error, Overloaded):
         return 503, body, {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, Cancelled):
+        # OpenAI's client repeats a 409 too
+        return 409, body, {"x-should-retry": "false"}
     if isinstance(error, DeadlineInfeasible):
         # OpenAI's client repeats a 503 by itself; a deadline that is lost stays lost
         return 503, body, {"x-should-retry": "false"}

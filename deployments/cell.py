@@ -59,6 +59,10 @@ class Cell:
             if not finished:
                 self._give_up(request, call_id)
 
+    async def delete(self, request_ids: tuple[str, ...]) -> bool:
+        """End or forget requests; False when none of them is here."""
+        return await self._scheduler.delete.remote(request_ids)
+
     def _give_up(self, request: GenerateRequest, call_id: str) -> None:
         # Ray cancels whatever a cancelled task has submitted, this call too: make it outside the task's context
         loop = asyncio.get_running_loop()

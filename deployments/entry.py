@@ -139,16 +139,20 @@ class Kept:
         self._entries: dict[str, tuple[float, Entry]] = {}
 
     def keep(self, entry: Entry) -> None:
-        self._forget()
+        self._forget_old()
         if len(self._entries) >= KEPT:
             self._entries.pop(next(iter(self._entries)))
         self._entries[entry.id] = (time.monotonic() + KEPT_S, entry)
 
+    def forget(self, request_id: str) -> bool:
+        """False when it is not kept."""
+        return self._entries.pop(request_id, None) is not None
+
     def known(self, request_id: str | None) -> Entry | None:
-        self._forget()
+        self._forget_old()
         return self._entries[request_id][1] if request_id in self._entries else None
 
-    def _forget(self) -> None:
+    def _forget_old(self) -> None:
         now_s = time.monotonic()
         for request_id in [i for i, (until_s, _) in self._entries.items() if until_s < now_s]:
             del self._entries[request_id]

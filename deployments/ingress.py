@@ -30,6 +30,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from deployments import answers
 from deployments.api import (
@@ -39,6 +40,7 @@ from deployments.api import (
     error_body,
     image_response,
     model_body,
+    picture_ids,
 )
 from deployments.config import AppArgs
 from deployments.keys import check_key, load_keys
@@ -74,6 +76,12 @@ MAX_RESUBMISSIONS = 5
 STORE_TIMEOUT_S = 10.0
 
 MAX_KEY_CHARS = 255
+
+IDEMPOTENCY_KEY: dict[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
+}
 
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
@@ -204,6 +212,24 @@ class Ingress:
         self._info = info
         return info
 
+    async def delete(self, *request_ids: str) -> bool:
+        """End requests wherever they run, whoever waits for them (`Cancelled`), and forget what is kept of them.
+
+        False when no cell knows them. Raises `NotReady` when that is not certain.
+        """
+        try:
+            found = await self._cell.broadcast("delete", request_ids).results_async(
+                timeout_s=STATUS_TIMEOUT_S, return_exceptions=True
+            )
+        except TimeoutError:
+            raise NotReady(f"not all cells answer within {STATUS_TIMEOUT_S:g} s") from None
+        except Exception as error:
+            raise _unanswered(error) from error
+        failed = [answer for answer in found if isinstance(answer, Exception)]
+        if failed and True not in found:
+            raise _unanswered(failed[0])
+        return True in found
+
     async def _admit(self, request: GenerateRequest) -> GenerateRequest:
         """The request as the cell gets it. Raises what can be said without the cell.
 
@@ -304,20 +330,24 @@ class Ingress:
 
         So a repeated POST finds what it asked for, and where no cell remembers it gets an equal picture.
         """
-        key = http.headers.get("idempotency-key")
-        if key is None:
+        response_id, seed = _keyed(http)
+        if response_id is None:
             response_id = f"img_{uuid.uuid4().hex}"
             return response_id, request.generate_requests(response_id)
-        if not 0 < len(key) <= MAX_KEY_CHARS:
-            raise InvalidRequest("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
-        # the keys of one client mean nothing to another
-        client = http.headers.get("authorization", "")
-        digest = hashlib.sha256(f"{client}\n{key}".encode()).hexdigest()
-        response_id = f"img_{digest[:32]}"
         if request.seed is None:
-            request = request.model_copy(update={"seed": int(digest[32:39], 16)})
+            request = request.model_copy(update={"seed": seed})
         requests = request.generate_requests(response_id)
         return response_id, [dataclasses.replace(one, repeatable=True) for one in requests]
+
+    async def delete_images(self, http: Request) -> JSONResponse:
+        """`DELETE /v1/images/generations`: cancel what was posted under an `Idempotency-Key`, or forget it."""
+        response_id, _ = _keyed(http)
+        if response_id is None:
+            raise InvalidRequest("Idempotency-Key", "required: it says which request to cancel")
+        ids = {response_id, *picture_ids(response_id, self._args.http.max_n)}
+        if not await self.delete(*ids):
+            raise NotFound("Idempotency-Key", "no request under this key is running or kept")
+        return JSONResponse({"id": response_id, "object": "image.generation.deleted", "deleted": True})
 
     async def get_models(self) -> JSONResponse:
         """`GET /v1/models`."""
@@ -374,9 +404,18 @@ def build_http(ingress: Ingress) -> FastAPI:
         ingress.post_images,
         methods=["POST"],
         response_model=None,
-        openapi_extra={"requestBody": schema},
+        openapi_extra={"requestBody": schema, "parameters": [IDEMPOTENCY_KEY]},
         dependencies=keyed,
         responses=answers.IMAGES,
+    )
+    app.add_api_route(
+        "/v1/images/generations",
+        ingress.delete_images,
+        methods=["DELETE"],
+        response_model=None,
+        openapi_extra={"parameters": [IDEMPOTENCY_KEY | {"required": True}]},
+        dependencies=keyed,
+        responses=answers.DELETED,
     )
     for path, endpoint, responses in (
         ("/v1/models", ingress.get_models, answers.MODELS),
@@ -412,13 +451,29 @@ async def _on_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    message = error.detail
+    message, headers = error.detail, error.headers
     if error.status_code == 404:
         message = f"no route {http.url.path}"
     elif error.status_code == 405:
         message = f"{http.method} is not allowed on {http.url.path}"
+        # Starlette names only the methods of the first of a path's routes
+        routes = [route for route in http.app.routes if route.matches(http.scope)[0] is not Match.NONE]
+        headers = {"Allow": ", ".join(sorted({method for route in routes for method in route.methods}))}
     body = error_body(message, "invalid_request_error", HTTP_CODES.get(error.status_code, "bad_request"))
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _keyed(http: Request) -> tuple[str | None, int]:
+    """(id of the response, seed) that belong to the `Idempotency-Key` of a request; (None, 0) without one."""
+    key = http.headers.get("idempotency-key")
+    if key is None:
+        return None, 0
+    if not 0 < len(key) <= MAX_KEY_CHARS:
+        raise InvalidRequest("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
+    # the keys of one client mean nothing to another
+    client = http.headers.get("authorization", "")
+    digest = hashlib.sha256(f"{client}\n{key}".encode()).hexdigest()
+    return f"img_{digest[:32]}", int(digest[32:39], 16)
 
 
 async def _read_body(http: Request, limit: int) -> bytes:

@@ -29,6 +29,7 @@ from solver.problem import Packing, Phase, Snapshot
 from tetriserve.admission import Admission
 from tetriserve.engine.report import Report
 from tetriserve.errors import (
+    Cancelled,
     CellLost,
     DeadlineInfeasible,
     GenerationFailed,
@@ -157,10 +158,18 @@ class Scheduler:
         self._leave(entry, call_id)
         return True
 
+    async def delete(self, request_ids: Collection[str]) -> bool:
+        """End those that are open, whoever waits for them, and forget those that are kept. False when none is."""
+        opened = [self._entries[request_id] for request_id in request_ids if request_id in self._entries]
+        for entry in opened:
+            self._end(entry, Cancelled(f"request {entry.id} was cancelled"))
+        forgotten = [self._kept.forget(request_id) for request_id in request_ids]
+        return bool(opened) or any(forgotten)
+
     def _leave(self, entry: Entry, call_id: str) -> None:
         entry.callers.discard(call_id)
         if not entry.callers:
-            self._end(entry, GenerationFailed(f"request {entry.id} was cancelled"))
+            self._end(entry, Cancelled(f"request {entry.id} was cancelled"))
 
     def _join(self, request: GenerateRequest, call_id: str) -> Entry:
         """The entry of a request: a new one, or for a repeated request the one that there is."""
@@ -361,7 +370,6 @@ class Scheduler:
         entry.outstanding -= 1
         if errors or entry.aborting:
             self._rounds.aborted(assignment.seq, now_s)
-            entry.knows.difference_update(assignment.gpus)  # who failed has forgotten it
             for gpu in silent:
                 self._lose(gpu)
             short = [error for error in errors if isinstance(_cause(error), OutOfMemory)]
@@ -439,7 +447,7 @@ class Scheduler:
         while True:
             now_s = time.monotonic()
             self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
-            if len(self._losses[gpu]) > self._args.cell.max_losses:
+            if gpu in self._cordoned():
                 logger.error("GPU %d was lost %d times: it is cordoned", gpu, len(self._losses[gpu]))
                 if len(self._lost) == len(self._fleet):
                     self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
@@ -520,9 +528,11 @@ class Scheduler:
             first = next(a for a in running if gpu in a.gpus)
             since_s = now_s - max(self._last_report_s[gpu], first.start_s)
             if since_s > cell.step_timeout_floor_s:
-                # one that still answers may only be slow, and others compute with it: it gets longer
+                # one that still answers may only be slow, and others compute with it: it gets longer,
+                # unless a member is dead, for then this range never ends
                 members = set(first.gpus) - self._lost
-                stuck = await self._fleet.silent(members) or (members if since_s > limit_s else set())
+                hopeless = since_s > limit_s or await self._fleet.dead(members)
+                stuck = members if hopeless else await self._fleet.silent(members)
                 if stuck:
                     logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
                 for member in stuck:
@@ -544,6 +554,7 @@ class Scheduler:
             plan_ms_p99=1000 * _quantile(self._plan_s, 0.99),
             fallbacks=self.fallbacks,
             cordoned=self._cordoned(),
+            held=sum(self._fleet.held),
         )
 
     async def model_info(self) -> ModelInfo:

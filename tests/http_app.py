@@ -85,6 +85,8 @@ class Cell:
         self.cancelled: list[str | None] = []
         self.unavailable: BaseException | None = None
         self.silent = False
+        self.broadcasts: list[tuple[Any, ...]] = []
+        self.deaf: list[Exception] = []
 
     @property
     def generate(self) -> Method:
@@ -106,18 +108,23 @@ class Cell:
         assert stream
         return self
 
-    def broadcast(self, method: str) -> Cell:
-        assert method == "status"
+    def broadcast(self, method: str, *arguments: Any) -> Cell:
+        self.broadcasts.append((method, *arguments))
         return self
 
-    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[CellStatus]:
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[Any]:
         if self.unavailable:
             raise self.unavailable
         try:
             await asyncio.wait_for(self._soon(None), timeout_s)
         except asyncio.TimeoutError:
             raise TimeoutError from None
-        return self.statuses
+        method, *arguments = self.broadcasts[-1]
+        if method == "status":
+            return self.statuses
+        assert method == "delete"
+        known = {request.request_id for request in self.requests}
+        return [*self.deaf, bool(known & set(arguments[0]))]
 
     async def _soon(self, value: Any) -> Any:
         await asyncio.sleep(1000 if self.silent else 0)

@@ -81,9 +81,9 @@ class Lab:
     def wait_until_whole(self) -> None:
         def whole() -> bool:
             cell = self.cell()
-            gauges = (cell["gpus_ready"], cell["open_requests"], cell["running"])
+            gauges = (cell["gpus_ready"], cell["open_requests"], cell["running"], cell["held"])
             # a replica that died idle counts as ready until the next health check
-            return gauges == (2, 0, 0) and len(self.server.replicas()) == 2
+            return gauges == (2, 0, 0, 0) and len(self.server.replicas()) == 2
 
         wait_until(whole, seconds=120)
 

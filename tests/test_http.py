@@ -23,7 +23,7 @@ from http_app import PICTURE, READY, STARTING, URL, Cell, ask, check_error, ingr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api import ImageRequest
@@ -269,7 +269,7 @@ def test_routes_that_do_not_exist() -> None:
     check_error(ask(Cell(), "GET", "/nope"), 404, "not_found")
     answer = ask(Cell(), "GET", URL)
     check_error(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "POST"
+    assert answer.headers["allow"] == "DELETE, POST"
 
 
 def test_models() -> None:
@@ -383,6 +383,31 @@ def test_idempotency_key_names_the_request_and_its_seed() -> None:
         check_error(
             ask(cell, "POST", URL, json=PICTURE, headers=headers), 400, "invalid_value", "Idempotency-Key"
         )
+
+
+def test_delete_names_what_was_posted_under_a_key() -> None:
+    cell = Cell()
+
+    def delete(key: str | None, **headers: str) -> httpx.Response:
+        return ask(
+            cell, "DELETE", URL, headers=headers if key is None else {"Idempotency-Key": key, **headers}
+        )
+
+    for key, n in (("order-1", 1), ("order-2", 3)):
+        assert delete(key).status_code == 404
+        posted = ask(cell, "POST", URL, json={**PICTURE, "n": n}, headers={"Idempotency-Key": key})
+        body = {"id": posted.json()["id"], "object": "image.generation.deleted", "deleted": True}
+        assert (delete(key).status_code, delete(key).json()) == (200, body)
+        check_error(delete(key, Authorization="Bearer another"), 404, "not_found", "Idempotency-Key")
+    for nameless in (None, "", "k" * 256):
+        check_error(delete(nameless), 400, "invalid_value", "Idempotency-Key")
+    cell.deaf = [ConnectionError("gone")]
+    assert delete("order-1").status_code == 200
+    check_error(delete("order-3"), 500, "generation_failed")
+    cell.deaf = [RayActorError()]
+    check_error(delete("order-3"), 503, "not_ready")
+    cell.silent = True
+    check_error(delete("order-1"), 503, "not_ready")
 
 
 KEYS = "first-key-0123456789, second-key-9876543210"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -34,6 +35,18 @@ def server(config: Path) -> Iterator[Server]:
     server = Server(config)
     yield server
     server.stop()
+
+
+@pytest.fixture(autouse=True)
+def at_rest(server: Server) -> Iterator[None]:
+    """Behind every test nothing is open, in flight or held, and both replicas are there."""
+    yield
+
+    def gauges() -> list[list[int]]:
+        names = ("gpus_ready", "open_requests", "running", "held")
+        return [[cell[name] for name in names] for cell in server.health()["cells"]]
+
+    wait_until(lambda: gauges() == [[2, 0, 0, 0]], seconds=60)
 
 
 def test_mixed_load_gives_the_pictures_of_lone_requests(server: Server) -> None:
@@ -216,18 +229,34 @@ def test_python_handle(server: Server) -> None:
         [sys.executable, "-c", HANDLE_CLIENT], capture_output=True, text=True, timeout=120, check=False
     )
     assert "handle ok" in done.stdout, done.stdout + done.stderr
-    wait_until(lambda: server.health()["cells"][0]["open_requests"] == 0)
 
 
 def test_disconnect_frees_the_gpus(server: Server) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{server.url}/v1/images/generations",
-            json=body("1024x1024", 1, num_inference_steps=50),
+            json=body("1024x1024", 1, num_inference_steps=50, n=2),
             timeout=1.5,
         )
-    wait_until(lambda: server.health()["cells"][0]["open_requests"] == 0)
-    wait_until(lambda: server.health()["cells"][0]["running"] == 0)
+
+
+def test_delete_ends_a_request_and_all_who_wait_for_it(server: Server) -> None:
+    url, headers = f"{server.url}/v1/images/generations", {"Idempotency-Key": "to-be-deleted"}
+    long = body("1024x1024", 1, num_inference_steps=50, n=2)
+    with ThreadPoolExecutor(2) as pool:
+        posts = [pool.submit(httpx.post, url, json=long, headers=headers, timeout=60) for _ in range(2)]
+        wait_until(lambda: server.health()["cells"][0]["running"] > 0)
+        wait_until(lambda: httpx.delete(url, headers=headers).status_code == 200)
+        answers = [post.result(timeout=30) for post in posts]
+    assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [
+        (409, "cancelled")
+    ] * 2
+    assert httpx.delete(url, headers=headers).status_code == 404
+    short = body("256x256", 1, num_inference_steps=2)
+    assert (
+        httpx.post(url, json=short, headers=headers, timeout=60).status_code == 200
+    )  # the key is free again
+    assert httpx.delete(url, headers=headers).status_code == 200
 
 
 def test_replicas_have_one_thread_and_low_priority(server: Server) -> None:

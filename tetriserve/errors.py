@@ -75,6 +75,12 @@ class GenerationFailed(TetriserveError):
     code = "generation_failed"
 
 
+class Cancelled(GenerationFailed):
+    """Somebody ended the request while others waited for it (HTTP 409)."""
+
+    code = "cancelled"
+
+
 class OutOfMemory(GenerationFailed):
     """A phase did not fit into memory at any degree that it may run at (HTTP 500)."""
 
