@@ -181,6 +181,12 @@ PICTURE: Responses = {
     503: ERRORS[503],
     "4XX": ERRORS["4XX"],
 }
+METRICS: Responses = ERRORS | {
+    200: {
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+        "description": "Prometheus' text format.",
+    },
+}
 HEALTH: Responses = {
     200: {"model": HealthAnswer},
     503: {"model": HealthAnswer, "description": "No cell can run steps.", "headers": _RETRY},

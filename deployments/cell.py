@@ -10,9 +10,11 @@ import uuid
 from collections.abc import AsyncIterator
 
 import ray
+from ray import serve
 from ray.exceptions import RayActorError
 
 from deployments.config import AppArgs
+from deployments.meters import Families
 from deployments.scheduler import create_scheduler
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
 
@@ -75,6 +77,11 @@ class Cell:
     async def status(self) -> CellStatus:
         """Answers within a second; raises TimeoutError when the scheduler does not."""
         return await asyncio.wait_for(self._scheduler.status.remote(), STATUS_TIMEOUT_S)
+
+    async def metrics(self) -> tuple[int, Families]:
+        """This cell's number among its deployment's replicas, and what it measured."""
+        rank = serve.get_replica_context().rank.rank
+        return rank, await asyncio.wait_for(self._scheduler.metrics.remote(), STATUS_TIMEOUT_S)
 
     async def check_health(self) -> None:
         """Serve calls this; it fails when steps stop advancing, not only when a process is dead."""

@@ -30,6 +30,8 @@ class Entry:
     """One open request.
 
     Attributes:
+        id: of this run of the request, never used again: parts of an earlier one under the same name, cancelled,
+            may still be in flight.
         asked: the request as it first came.
         request: with steps filled in.
         callers: the calls that wait for it; when the last one leaves it is given up.
@@ -39,6 +41,7 @@ class Entry:
         committed_latents: ... and behind the last one reported: what is left when a GPU is lost.
         aborting: a range was lost; those sent out behind it do not count either.
         touched, knows, holders: GPUs that ever had it, that have its conditioning, its newest latents.
+        degree: of its last denoising range; 0 before the first.
         outstanding: ranges sent out and not yet collected.
     """
 
@@ -59,15 +62,22 @@ class Entry:
     holders: set[int] = field(default_factory=set)
     phase: str = "queue"
     steps_done: int = 0
+    degree: int = 0
     executions: list[Execution] = field(default_factory=list)
     lost: list[LostRange] = field(default_factory=list)
     peak_memory_bytes: int = 0
     outstanding: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def name(self) -> str:
+        """The id that clients know."""
+        assert self.request.request_id is not None
+        return self.request.request_id
+
     def progress(self) -> Progress:
         assert self.request.num_inference_steps is not None
-        return Progress(self.id, self.phase, self.steps_done, self.request.num_inference_steps)
+        return Progress(self.name, self.phase, self.steps_done, self.request.num_inference_steps)
 
     def record(self, assignment: Assignment, reports: list[Report]) -> None:
         """A range of it was run by all its members."""
@@ -78,6 +88,7 @@ class Entry:
         self.peak_memory_bytes = max(self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))
         if assignment.kind == "denoise":
             self.steps_done += assignment.steps
+            self.degree = assignment.degree
         self.notify()
 
     def notify(self) -> None:
@@ -129,7 +140,7 @@ class Entry:
             seed=self.request.seed,
             peak_memory_bytes=self.peak_memory_bytes,
         )
-        return GenerateResult(self.id, image, time.time(), model, metrics)
+        return GenerateResult(self.name, image, time.time(), model, metrics)
 
 
 class Kept:
@@ -142,7 +153,7 @@ class Kept:
         self._forget_old()
         if len(self._entries) >= KEPT:
             self._entries.pop(next(iter(self._entries)))
-        self._entries[entry.id] = (time.monotonic() + KEPT_S, entry)
+        self._entries[entry.name] = (time.monotonic() + KEPT_S, entry)
 
     def forget(self, request_id: str) -> bool:
         """False when it is not kept."""

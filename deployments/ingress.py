@@ -25,6 +25,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -44,6 +45,7 @@ from deployments.api import (
 )
 from deployments.config import AppArgs
 from deployments.keys import check_key, load_keys
+from deployments.meters import exposition
 from deployments.pictures import Picture
 from tetriserve import __version__
 from tetriserve.errors import (
@@ -362,6 +364,21 @@ class Ingress:
         """`GET /v1/model_info`: name, task and limits of the model."""
         return JSONResponse({"task": "image", **dataclasses.asdict(await self.model_info())})
 
+    async def get_metrics(self) -> Response:
+        """`GET /metrics`: every cell that answers, as Prometheus reads it."""
+        try:
+            cells = await self._cell.broadcast("metrics").results_async(
+                timeout_s=STATUS_TIMEOUT_S, return_exceptions=True
+            )
+        except TimeoutError:
+            raise NotReady(f"not all cells answer within {STATUS_TIMEOUT_S:g} s") from None
+        except Exception as error:
+            raise _unanswered(error) from error
+        answered = sorted(
+            (cell for cell in cells if not isinstance(cell, Exception)), key=lambda cell: cell[0]
+        )
+        return Response(exposition(answered), media_type=CONTENT_TYPE_LATEST)
+
     async def get_health(self) -> JSONResponse:
         """`GET /health`: 200 when a cell can run steps."""
         try:
@@ -425,6 +442,15 @@ def build_http(ingress: Ingress) -> FastAPI:
         app.add_api_route(
             path, endpoint, methods=["GET"], response_model=None, dependencies=keyed, responses=responses
         )
+    app.add_api_route(
+        "/metrics",
+        ingress.get_metrics,
+        methods=["GET"],
+        response_class=Response,
+        response_model=None,
+        dependencies=keyed,
+        responses=answers.METRICS,
+    )
     # browsers ask for a picture without a key: its URL is the permission
     app.add_api_route(
         "/v1/images/{picture_id}/content",

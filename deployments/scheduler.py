@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import Counter, defaultdict, deque
@@ -22,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from deployments.config import AppArgs
 from deployments.entry import Entry, Kept
 from deployments.fleet import Fleet
+from deployments.meters import Families, Meters
 from deployments.profiling import fitting_profile
 from deployments.replica import boxed
 from solver.policies import make_policy
@@ -78,7 +80,10 @@ class Scheduler:
         self._args = args
         self._fleet = Fleet(args, group)
         self._entries: dict[str, Entry] = {}
+        self._named: dict[str, Entry] = {}
+        self._serial = itertools.count()
         self._kept = Kept()
+        self._meters = Meters(args.profile.all_shapes)
         self._admission = Admission(
             args.scheduler.max_open_requests, args.scheduler.max_open_per_client, shared=args.http.has_keys
         )
@@ -152,7 +157,7 @@ class Scheduler:
 
         False when it is not open.
         """
-        entry = self._entries.get(request_id)
+        entry = self._named.get(request_id)
         if entry is None or call_id not in entry.callers:
             return False
         self._leave(entry, call_id)
@@ -160,20 +165,20 @@ class Scheduler:
 
     async def delete(self, request_ids: Collection[str]) -> bool:
         """End those that are open, whoever waits for them, and forget those that are kept. False when none is."""
-        opened = [self._entries[request_id] for request_id in request_ids if request_id in self._entries]
+        opened = [self._named[request_id] for request_id in request_ids if request_id in self._named]
         for entry in opened:
-            self._end(entry, Cancelled(f"request {entry.id} was cancelled"))
+            self._end(entry, Cancelled(f"request {entry.name} was cancelled"))
         forgotten = [self._kept.forget(request_id) for request_id in request_ids]
         return bool(opened) or any(forgotten)
 
     def _leave(self, entry: Entry, call_id: str) -> None:
         entry.callers.discard(call_id)
         if not entry.callers:
-            self._end(entry, Cancelled(f"request {entry.id} was cancelled"))
+            self._end(entry, Cancelled(f"request {entry.name} was cancelled"))
 
     def _join(self, request: GenerateRequest, call_id: str) -> Entry:
         """The entry of a request: a new one, or for a repeated request the one that there is."""
-        entry = self._kept.known(request.request_id) or self._entries.get(request.request_id or "")
+        entry = self._kept.known(request.request_id) or self._named.get(request.request_id or "")
         if entry is None:
             entry = self._admit(request)
         elif not request.repeatable:
@@ -194,8 +199,7 @@ class Scheduler:
         if request.model not in (None, "default", self._info.name):
             raise InvalidRequest("model", f"{request.model!r} is not served, allowed is {self._info.name!r}")
         self._info.check(request)
-        request_id = request.request_id
-        assert request_id is not None and request.seed is not None, "the ingress fills these in"
+        assert request.request_id is not None and request.seed is not None, "the ingress fills these in"
         asked = replace(request, waited_s=0.0)
         request = replace(
             request, num_inference_steps=request.num_inference_steps or self._info.default_steps
@@ -207,9 +211,9 @@ class Scheduler:
             slo_s = self._args.scheduler.default_slo_scale * alone_s
         arrival_s = now_s - request.waited_s
         result = asyncio.get_running_loop().create_future()
-        entry = Entry(request_id, asked, request, arrival_s, slo_s, result)
+        entry = Entry(f"{request.request_id}#{next(self._serial)}", asked, request, arrival_s, slo_s, result)
         self._rounds.arrived(
-            request_id,
+            entry.id,
             phases,
             now_s,
             float("inf") if slo_s is None else arrival_s + slo_s,
@@ -218,7 +222,9 @@ class Scheduler:
             reject_infeasible=self._rejects(request),
             client=request.client,
         )
-        self._entries[request_id] = entry
+        self._entries[entry.id] = self._named[entry.name] = entry
+        if request.waited_s:
+            self._meters.resubmitted()
         self._wake.set()
         return entry
 
@@ -243,8 +249,16 @@ class Scheduler:
 
     def _end(self, entry: Entry, outcome: GenerateResult | TetriserveError) -> None:
         """Settle a request and forget it; what is in flight for it runs out and is released then."""
+        if self._entries.pop(entry.id, None) is None:  # settled before
+            return
+        del self._named[entry.name]
         self._rounds.cancelled(entry.id)
-        self._entries.pop(entry.id, None)
+        if isinstance(outcome, TetriserveError):
+            self._meters.ended(outcome.code, entry.request.shape)
+        else:
+            met = outcome.metrics.slo_met
+            word = "no_deadline" if met is None else "met" if met else "late"
+            self._meters.ended(word, entry.request.shape, outcome.metrics)
         if not entry.result.done():
             if isinstance(outcome, TetriserveError):
                 entry.result.set_exception(outcome)
@@ -286,6 +300,7 @@ class Scheduler:
                 )
                 plan = self._rounds.commit(snapshot, packing, time.monotonic())
                 self._plan_s.append(time.monotonic() - snapshot.now_s)
+                self._meters.planned(self._plan_s[-1])
                 for assignment in plan.assignments:
                     self._dispatch(assignment)
 
@@ -296,8 +311,8 @@ class Scheduler:
         return self._args.scheduler.reject_infeasible if asked is None else asked
 
     def _turn_away(self, request_ids: list[str], why: str) -> None:
-        for request_id in request_ids:
-            self._end(self._entries[request_id], DeadlineInfeasible(f"request {request_id} {why}"))
+        for entry in [self._entries[request_id] for request_id in request_ids]:
+            self._end(entry, DeadlineInfeasible(f"request {entry.name} {why}"))
 
     async def _pack(self, snapshot: Snapshot) -> Packing:
         """Ask the policy in a thread; past the limit, or while it still hangs, take the fallback."""
@@ -312,6 +327,7 @@ class Scheduler:
             except Exception:
                 logger.exception("the %s policy failed", self._policy.name)
         self.fallbacks += 1
+        self._meters.fell_back()
         return self._fallback(snapshot)
 
     def _dispatch(self, assignment: Assignment) -> None:
@@ -376,6 +392,7 @@ class Scheduler:
             if short and not entry.aborting and not self._widen(entry, assignment):
                 self._fail(entry, assignment, short[0])
             elif gone or short or entry.aborting:
+                self._meters.lost_range(assignment.kind)
                 entry.lose(assignment)
                 entry.roll_back()
             else:
@@ -386,8 +403,12 @@ class Scheduler:
             if assignment.kind != "decode":
                 entry.committed_latents = produced[-1]
             complete = self._rounds.finished(assignment.seq, now_s)
+            ran = cast("list[Report]", results)
+            denoised = assignment.steps if assignment.kind == "denoise" else 0
+            switched = entry.degree not in (0, assignment.degree)
+            self._meters.ran(entry.request.shape, assignment.degree, denoised, switched, ran)
             if entry.id in self._entries:
-                entry.record(assignment, cast("list[Report]", results))
+                entry.record(assignment, ran)
                 if complete:
                     self._end(entry, entry.finish(produced[0], now_s, self._info.name))
         if entry.id not in self._entries and entry.outstanding == 0:
@@ -412,7 +433,7 @@ class Scheduler:
         if widened:
             logger.warning(
                 "request %s ran out of memory at degree %d, going on at a higher one",
-                entry.id,
+                entry.name,
                 assignment.degree,
             )
         return widened
@@ -422,7 +443,7 @@ class Scheduler:
         if entry.id not in self._entries:
             return
         cause = _cause(error)
-        logger.error("request %s failed in %s: %s", entry.id, assignment.kind, error)
+        logger.error("request %s failed in %s: %s", entry.name, assignment.kind, error)
         if isinstance(cause, OutOfMemory):
             self._end(entry, OutOfMemory(f"{assignment.kind} ran out of memory: {cause.message}"))
         else:
@@ -435,6 +456,7 @@ class Scheduler:
         if gpu in self._lost or self._failure:
             return
         logger.error("GPU replica %d is lost", gpu)
+        self._meters.lost_gpu(gpu)
         self._lost.add(gpu)
         self._rounds.gpu_lost(gpu)
         for entry in self._entries.values():
@@ -556,6 +578,11 @@ class Scheduler:
             cordoned=self._cordoned(),
             held=sum(self._fleet.held),
         )
+
+    async def metrics(self) -> Families:
+        """What `/metrics` shows of this cell."""
+        working = {request_id for assignment in self._rounds.running for request_id in assignment.request_ids}
+        return self._meters.families(await self.status(), len(self._entries.keys() - working))
 
     async def model_info(self) -> ModelInfo:
         return self._info

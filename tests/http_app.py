@@ -15,6 +15,7 @@ import uvicorn
 
 from deployments.config import AppArgs
 from deployments.ingress import Ingress, build_http
+from deployments.meters import Families
 from deployments.pictures import Pictures
 from tetriserve.request import (
     CellStatus,
@@ -87,6 +88,7 @@ class Cell:
         self.silent = False
         self.broadcasts: list[tuple[Any, ...]] = []
         self.deaf: list[Exception] = []
+        self.metrics: list[tuple[int, Families]] = []
 
     @property
     def generate(self) -> Method:
@@ -122,6 +124,8 @@ class Cell:
         method, *arguments = self.broadcasts[-1]
         if method == "status":
             return self.statuses
+        if method == "metrics":
+            return [*self.deaf, *self.metrics]
         assert method == "delete"
         known = {request.request_id for request in self.requests}
         return [*self.deaf, bool(known & set(arguments[0]))]

@@ -54,6 +54,9 @@ class Server:
         (found,) = self._processes("ray::Scheduler")
         return found
 
+    def ingresses(self) -> list[psutil.Process]:
+        return self._processes("ray::ServeReplica:tetriserve:Ingress")
+
     def _processes(self, title: str) -> list[psutil.Process]:
         """Living ones; the dead have no command line any more."""
         found = []
@@ -75,7 +78,7 @@ class Server:
         assert alive == [], f"left running: {alive}"
 
 
-def write_config(root: Path, profile: dict[str, Any] | None = None, **cell: Any) -> Path:
+def write_config(root: Path, profile: dict[str, Any] | None = None, ingresses: int = 1, **cell: Any) -> Path:
     """A cluster config in `root`: two CPU replicas of a tiny FLUX; `cell` adds to its `cell` section.
 
     `profile` takes the place of what the server would measure.
@@ -97,6 +100,7 @@ def write_config(root: Path, profile: dict[str, Any] | None = None, **cell: Any)
             **cell,
         },
         "scheduler": {"max_open_requests": 64},
+        "http": {"replicas": ingresses},
         "profile": {"shapes": list(SHAPES), "cache_dir": str(root / "profiles"), "repeats": 1},
     }
     if profile is not None:

@@ -121,7 +121,7 @@ def test_the_flood_of_a_client_is_refused_and_the_next_client_is_not() -> None:
             ask(client)
         with pytest.raises(Overloaded, match="2 requests of this client are open, allowed are 2"):
             ask("a")
-        assert await scheduler.cancel(scheduler._rounds.open_ids[0], "call")
+        assert await scheduler.cancel(next(iter(scheduler._named)), "call")
         ask("a")
 
     asyncio.run(run())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from live_server import Server, body, pixels, wait_until, write_config
+from PIL import Image
 
 pytestmark = pytest.mark.timeout(900)  # most of it is the patience of a busy machine
 
@@ -124,7 +126,9 @@ class Lab:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     server = Server(
-        write_config(tmp_path_factory.mktemp("faults"), PROFILE, max_losses=100, step_timeout_floor_s=60)
+        write_config(
+            tmp_path_factory.mktemp("faults"), PROFILE, ingresses=2, max_losses=100, step_timeout_floor_s=60
+        )
     )
     yield Lab(server)
     server.stop()
@@ -298,6 +302,28 @@ def test_a_cancel_in_decode(lab: Lab) -> None:
     leave_when(lab, LONG_DECODE, lab.decodes(lab.of_gpu_0()))
     wait_until(lambda: lab.cell()["open_requests"] == 0)
     lab.check(LARGE, answers=lab.start(LARGE))
+
+
+def test_pictures_behind_urls_outlive_the_front_that_gave_them(lab: Lab) -> None:
+    """Two ingress processes; both die, one after the other, and what they gave out stays good."""
+    (item,) = lab.post(body("256x256", 6, response_format="url"))["data"]
+    expected = pixels(lab.alone(body("256x256", 6))["data"][0])
+
+    def is_whole() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            answer = httpx.get(item["url"], timeout=10)
+            return answer.status_code == 200 and np.array_equal(
+                np.asarray(Image.open(io.BytesIO(answer.content))), expected
+            )
+        return False
+
+    for front in lab.server.ingresses():
+        assert all(is_whole() for _ in range(5))
+        front.kill()
+        wait_until(lambda: len(lab.server.ingresses()) == 2, seconds=60)
+        wait_until(lambda: all(is_whole() for _ in range(5)), seconds=60)
+    (again,) = lab.post(body("256x256", 7, response_format="url"))["data"]
+    assert again["url"] != item["url"]
 
 
 def test_a_gpu_that_is_lost_too_often_is_cordoned(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_every_route_is_in_the_document_with_its_errors() -> None:
         "/v1/models",
         "/v1/models/{model_id}",
         "/v1/model_info",
+        "/metrics",
         "/health",
     }
     assert paths[URL]["post"]["responses"].keys() >= {"200", "400", "401", "404", "413", "500", "503"}

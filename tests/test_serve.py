@@ -20,6 +20,7 @@ import openai
 import pytest
 from live_server import BIN, Server, body, pixels, wait_until, write_config
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from schedule_checker import Chain, violations
 
 from solver.problem import Entry, Phase
@@ -82,6 +83,47 @@ def test_mixed_load_gives_the_pictures_of_lone_requests(server: Server) -> None:
             assert difference.max() <= 1
             assert (difference.max(axis=-1) == 0).mean() >= 0.999
     assert server.health()["cells"][0]["open_requests"] == 0
+
+
+def test_metrics_agree_with_what_was_answered(server: Server) -> None:
+    def read() -> dict[tuple[str, ...], float]:
+        families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+        return {
+            (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    def change(*key: str) -> float:
+        return after[key] - before.get(key, 0.0)
+
+    before = read()
+    sent = [
+        body("256x256", 1, slo_ms=60_000),
+        body("256x256", 2, slo_ms=1),
+        body("512x512", 3, slo_ms=60_000),
+    ]
+    answers = [
+        httpx.post(f"{server.url}/v1/images/generations", json=item, timeout=60).json() for item in sent
+    ]
+    assert httpx.post(f"{server.url}/v1/images/generations", json={"prompt": ""}).status_code == 400
+    after = read()
+    assert [answer["metrics"]["slo_met"] for answer in answers] == [True, False, True]
+    assert change("tetriserve_requests_total", "0", "met", "256x256") == 1
+    assert change("tetriserve_requests_total", "0", "late", "256x256") == 1
+    assert change("tetriserve_requests_total", "0", "met", "512x512") == 1
+    for phase in ("encode", "denoise", "decode", "total"):
+        spent_s = sum(answer["metrics"]["stage_durations"][phase] for answer in answers[:2])
+        assert change("tetriserve_phase_seconds_sum", "0", phase, "256x256") == pytest.approx(spent_s)
+    ran = [part for answer in answers for part in answer["metrics"]["schedule"]]
+    for degree in (1, 2):
+        busy_s = sum(
+            degree * (part["end_s"] - part["start_s"]) for part in ran if len(part["gpus"]) == degree
+        )
+        if busy_s:
+            assert change("tetriserve_gpu_busy_seconds_total", "0", str(degree)) == pytest.approx(busy_s)
+    assert after["tetriserve_gpus", "0", "ready"] == 2
+    assert change("tetriserve_plan_seconds_count", "0") >= 3
 
 
 def test_a_replayed_trace_has_a_valid_schedule(server: Server, tmp_path: Path) -> None:
