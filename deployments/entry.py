@@ -43,6 +43,7 @@ class Entry:
         touched, knows, holders: GPUs that ever had it, that have its conditioning, its newest latents.
         degree: of its last denoising range; 0 before the first.
         outstanding: ranges sent out and not yet collected.
+        deadly: its ranges (`seq`) in which a replica died.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Entry:
     lost: list[LostRange] = field(default_factory=list)
     peak_memory_bytes: int = 0
     outstanding: int = 0
+    deadly: set[int] = field(default_factory=set)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

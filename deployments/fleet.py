@@ -115,14 +115,14 @@ class Fleet:
 
     async def silent(self, gpus: Iterable[int]) -> set[int]:
         """Those of `gpus` whose replica is dead or does not answer within `ANSWER_TIMEOUT_S`."""
-        return {gpu for gpu, state in (await self._states(gpus)).items() if state != "alive"}
+        return {gpu for gpu, state in (await self.states(gpus)).items() if state != "alive"}
 
     async def dead(self, gpus: Iterable[int]) -> set[int]:
         """Those of `gpus` whose replica's process has ended."""
-        return {gpu for gpu, state in (await self._states(gpus)).items() if state == "dead"}
+        return {gpu for gpu, state in (await self.states(gpus)).items() if state == "dead"}
 
-    async def _states(self, gpus: Iterable[int]) -> dict[int, str]:
-        """By GPU: "alive", "dead" or "silent"."""
+    async def states(self, gpus: Iterable[int]) -> dict[int, str]:
+        """By GPU: "alive", "dead" (its process has ended) or "silent" for `ANSWER_TIMEOUT_S`."""
 
         async def state(gpu: int) -> str:
             try:

@@ -22,6 +22,8 @@ from tetriserve.errors import ConfigError, OutOfMemory
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
 from tetriserve.scheduler import Assignment
 
+logger = logging.getLogger(__name__)
+
 CPU_NICENESS = 10
 """On CPU the replicas yield to the scheduler and the ingress, which share their cores."""
 
@@ -100,7 +102,8 @@ def _first_line(error: BaseException) -> str:
 class GPUReplica:
     """Ray actor (threaded) that holds a whole model and runs step ranges for groups of replicas.
 
-    A range that did not run as planned raises in the caller; the replica stays usable.
+    A range that did not run as planned raises in the caller; the replica stays usable. Only where the device is
+    broken, as CUDA is after an illegal access, the process ends, to be replaced like any that dies.
     """
 
     def __init__(self, gpu: int, args: AppArgs) -> None:
@@ -259,11 +262,14 @@ class GPUReplica:
             return report if packed is None else (report, packed)
 
         def call() -> Any:
-            from tetriserve.engine.engine import is_out_of_memory
+            from tetriserve.engine.engine import is_broken_device, is_out_of_memory
 
             try:
                 return advance()
             except Exception as error:
+                if is_broken_device(error):
+                    logger.error("GPU replica %d ends, its device is broken: %s", self._gpu, error)
+                    os._exit(1)
                 failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
             # only here the traceback is gone that holds the tensors of the failed step
             self._engine.abandon(request_id, assignment.gpus, assignment.seq)

@@ -55,6 +55,10 @@ logger = logging.getLogger(__name__)
 LOSS_WINDOW_S = 600.0
 """A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""
 
+MIN_DEADLY = 3
+"""A request in so many of whose ranges a replica died, and in no fewer than `cell.max_losses`, is taken for the
+cause: it ends before it has taken every GPU of the cell with it."""
+
 JOIN_TIMEOUT_S = 900.0
 """A new replica waits for the ranges that its partners are in; the health check ends those that hang."""
 
@@ -385,12 +389,15 @@ class Scheduler:
         now_s = time.monotonic()
         entry.outstanding -= 1
         if errors or entry.aborting:
-            self._rounds.aborted(assignment.seq, now_s)
             for gpu in silent:
                 self._lose(gpu)
+            self._rounds.aborted(assignment.seq, now_s)
             short = [error for error in errors if isinstance(_cause(error), OutOfMemory)]
             if short and not entry.aborting and not self._widen(entry, assignment):
                 self._fail(entry, assignment, short[0])
+            elif len(entry.deadly) >= max(MIN_DEADLY, self._args.cell.max_losses):
+                times = len(entry.deadly)
+                self._fail(entry, assignment, RuntimeError(f"replicas died in {times} of its step ranges"))
             elif gone or short or entry.aborting:
                 self._meters.lost_range(assignment.kind)
                 entry.lose(assignment)
@@ -458,6 +465,11 @@ class Scheduler:
         logger.error("GPU replica %d is lost", gpu)
         self._meters.lost_gpu(gpu)
         self._lost.add(gpu)
+        # what stands behind it in the queue has nothing to do with it
+        if first := next((a for a in self._rounds.running if gpu in a.gpus), None):
+            for request_id in first.request_ids:
+                if request_id in self._entries:
+                    self._entries[request_id].deadly.add(first.seq)
         self._rounds.gpu_lost(gpu)
         for entry in self._entries.values():
             entry.knows.discard(gpu)
@@ -553,8 +565,9 @@ class Scheduler:
                 # one that still answers may only be slow, and others compute with it: it gets longer,
                 # unless a member is dead, for then this range never ends
                 members = set(first.gpus) - self._lost
-                hopeless = since_s > limit_s or await self._fleet.dead(members)
-                stuck = members if hopeless else await self._fleet.silent(members)
+                states = await self._fleet.states(members)
+                hopeless = since_s > limit_s or "dead" in states.values()
+                stuck = members if hopeless else {gpu for gpu in members if states[gpu] == "silent"}
                 if stuck:
                     logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
                 for member in stuck:

@@ -14,7 +14,7 @@ from model_folders import tiny_flux, tiny_sd3
 from replica_pool import ReplicaPool
 
 from tetriserve.engine.attention import attention_kernel
-from tetriserve.engine.engine import is_out_of_memory
+from tetriserve.engine.engine import is_broken_device, is_out_of_memory
 from tetriserve.errors import ConfigError
 from tetriserve.models.adapter import ModelLimits
 from tetriserve.models.load import load_model
@@ -284,6 +284,18 @@ def test_memory_errors_are_told_from_others() -> None:
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("boom"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_a_broken_device_is_told_from_a_failed_step() -> None:
+    assert is_broken_device(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    assert is_broken_device(RuntimeError("CUDA error: device-side assert triggered"))
+    assert is_broken_device(RuntimeError("NCCL error in: x.cpp:7, unhandled cuda error, NCCL version 2.27"))
+    assert not is_broken_device(RuntimeError("CUDA error: out of memory"))
+    assert not is_broken_device(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not is_broken_device(
+        RuntimeError("NCCL error: remote process exited or there was a network error")
+    )
+    assert not is_broken_device(FloatingPointError("latents are not finite"))
 
 
 def test_measure_times_every_phase(pool) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -464,6 +465,28 @@ def test_the_cell_learns_whose_request_it_is_but_no_key(monkeypatch: pytest.Monk
     )
     assert first == again and first is not None and second not in (None, first)
     assert client("Bearer first-key-0123456789") is None  # without keys all are one client
+
+
+def test_keys_and_prompts_stay_out_of_logs_and_answers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LAB_KEYS", KEYS)
+    secrets = ["first-key-0123456789", "second-key-9876543210", "wrong-key-0123456789", "a secret circle"]
+    with caplog.at_level(logging.DEBUG):
+        for error in (None, RuntimeError("boom"), errors.OutOfMemory("decode ran out of memory")):
+            for key in secrets[:3]:
+                answer = ask(
+                    Cell(error=error),
+                    "POST",
+                    URL,
+                    {"api_keys_env": "LAB_KEYS"},
+                    headers={"Authorization": f"Bearer {key}", "Idempotency-Key": key},
+                    json={**PICTURE, "prompt": "a secret circle"},
+                )
+                assert answer.status_code == (401 if key in secrets[2] else 500 if error else 200)
+                assert not any(secret in answer.text for secret in secrets)
+    assert caplog.records
+    assert not any(secret in caplog.text for secret in secrets)
 
 
 def test_api_keys_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

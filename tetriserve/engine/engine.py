@@ -24,12 +24,24 @@ from tetriserve.request import GenerateRequest, Shape
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What the CPU's allocator and CUDA's libraries say in a RuntimeError."""
 
+BROKEN_DEVICE = ("CUDA error:", "CUBLAS_STATUS_", "CUDNN_STATUS_", "unhandled cuda error")
+"""What CUDA's libraries and NCCL say in a RuntimeError."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short, on the device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def is_broken_device(error: BaseException) -> bool:
+    """Whether the device can do nothing more in this process, as after every CUDA error but a lack of memory."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in BROKEN_DEVICE)
+    )
 
 
 class Engine:

@@ -1,11 +1,12 @@
-"""Steps that run out of memory, end to end: real replicas in Ray's own processes, whose steps ask the allocator for
-more than there is; the scheduler runs in the test's process."""
+"""Requests that fail by themselves, end to end: real replicas in Ray's own processes, whose steps ask the allocator
+for more than there is or break their device; the scheduler runs in the test's process."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ import ray
 import torch
 from model_folders import tiny_flux
 from ray import cloudpickle
+from ray.util.placement_group import PlacementGroup
 
 from deployments import fleet
 from deployments.config import AppArgs
 from deployments.local import start_ray
 from deployments.replica import GPUReplica
 from deployments.scheduler import Scheduler
-from tetriserve.errors import OutOfMemory
+from tetriserve.errors import GenerationFailed, OutOfMemory
 from tetriserve.request import GenerateRequest, GenerateResult
 
 PROFILE = """
@@ -33,13 +35,17 @@ step_seconds:
 """
 
 
-class GreedyReplica(GPUReplica):
-    """Asks for an exbibyte in the steps of some prompts: at degree 1, at any degree on GPU 1, in decode."""
+class FailingReplica(GPUReplica):
+    """Asks for an exbibyte in the steps of some prompts: at degree 1, at any degree on GPU 1, in decode.
+
+    For two others its device breaks: always, and once.
+    """
 
     def _load(self) -> None:
         super()._load()
         adapter = self._engine.adapter
         step, decode = adapter.step, adapter.decode
+        marker = Path(self._args.model.path) / "was-unlucky"
 
         def greedy_step(state: Any) -> None:
             group = adapter.sequence_parallel._group
@@ -49,6 +55,9 @@ class GreedyReplica(GPUReplica):
             fails_always = prompt == "too large for all" and (degree == 1 or self._gpu == 1)
             if state.step >= 2 and (fails_alone or fails_always):
                 torch.empty(1 << 60)
+            if prompt == "poison" or (prompt == "unlucky" and not marker.exists()):
+                marker.touch()
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
             step(state)
 
         def greedy_decode(request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
@@ -91,13 +100,16 @@ def request(prompt: str, seed: int) -> GenerateRequest:
     )
 
 
-def test_out_of_memory_ends_or_widens_its_request_only(
-    args: AppArgs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fleet, "GPUReplica", GreedyReplica)
+@pytest.fixture
+def group(args: AppArgs, monkeypatch: pytest.MonkeyPatch) -> Iterator[PlacementGroup]:
+    monkeypatch.setattr(fleet, "GPUReplica", FailingReplica)
     group = ray.util.placement_group(args.cell.bundles)
     ray.get(group.ready(), timeout=60)
+    yield group
+    ray.util.remove_placement_group(group)  # ends the replicas too
 
+
+def test_out_of_memory_ends_or_widens_its_request_only(args: AppArgs, group: PlacementGroup) -> None:
     async def run() -> None:
         scheduler = Scheduler(args, group)
         await scheduler.start()
@@ -139,5 +151,31 @@ def test_out_of_memory_ends_or_widens_its_request_only(
             after = await made(asked)
             difference = (await beside.image).astype(int) - (await after.image).astype(int)
             assert np.abs(difference).max() <= 1
+
+    asyncio.run(run())
+
+
+def test_a_broken_device_ends_its_replica_and_no_request_takes_them_all(
+    args: AppArgs, group: PlacementGroup
+) -> None:
+    async def run() -> None:
+        scheduler = Scheduler(args, group)
+        await scheduler.start()
+        small = [request("small", seed) for seed in range(2)]
+        crowd = [request("poison", 0), request("unlucky", 0), *small]
+        answers = await asyncio.gather(
+            *(scheduler.generate(asked, "call") for asked in crowd), return_exceptions=True
+        )
+        poison, unlucky, *beside = answers
+        assert isinstance(poison, GenerationFailed)
+        assert "replicas died in 3 of its step ranges" in poison.message
+        assert isinstance(unlucky, GenerateResult) and len(unlucky.metrics.lost) >= 1, unlucky
+        assert all(isinstance(answer, GenerateResult) for answer in beside), beside
+        for _ in range(300):
+            status = await scheduler.status()
+            if status.gpus_ready == 2:
+                break
+            await asyncio.sleep(0.1)
+        assert (status.gpus_ready, status.cordoned, status.open_requests) == (2, (), 0)
 
     asyncio.run(run())
