@@ -154,8 +154,13 @@ ERRORS: Responses = {
     },
     "4XX": {"model": ErrorAnswer, "description": "Any other fault of the request."},
 }
+_SAME_KEY = {"Idempotency-Key": "$request.header.Idempotency-Key"}
+
 IMAGES: Responses = ERRORS | {
-    200: {"model": ImagesAnswer},
+    200: {
+        "model": ImagesAnswer,
+        "links": {"forget": {"operationId": "delete_images", "parameters": _SAME_KEY}},
+    },
     400: {"model": ErrorAnswer, "description": "`param` names the field, the message what is allowed."},
     404: {"model": ErrorAnswer, "description": "A model that is not served here."},
     409: {"model": ErrorAnswer, "description": "Cancelled by a DELETE with the same Idempotency-Key."},
@@ -168,7 +173,17 @@ DELETED: Responses = ERRORS | {
         "description": "Nothing was asked for under this Idempotency-Key, or long ago.",
     },
 }
-MODELS: Responses = ERRORS | {200: {"model": ModelsAnswer}}
+MODELS: Responses = ERRORS | {
+    200: {
+        "model": ModelsAnswer,
+        "links": {
+            "model": {
+                "operationId": "get_model",
+                "parameters": {"model_id": "$response.body#/data/0/id"},
+            }
+        },
+    }
+}
 MODEL: Responses = ERRORS | {
     200: {"model": ModelAnswer},
     404: {"model": ErrorAnswer, "description": "A model that is not served here."},

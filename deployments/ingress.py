@@ -411,7 +411,9 @@ class Ingress:
 
 def build_http(ingress: Ingress) -> FastAPI:
     """The HTTP app over one ingress; every error leaves it in OpenAI's shape."""
-    app = FastAPI(title="tetriserve", version=__version__)
+    app = FastAPI(
+        title="tetriserve", version=__version__, generate_unique_id_function=lambda route: route.name
+    )
     keyed = [Depends(ingress.authorize)]
     if ingress.has_keys:  # only to say so in the document
         keyed.append(Depends(HTTPBearer(auto_error=False)))

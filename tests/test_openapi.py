@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 import schemathesis
 from http_app import PICTURE, URL, Cell, ingress, listening
 from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
 from schemathesis.config import SchemathesisConfig
 
 from deployments.ingress import build_http
@@ -58,6 +60,27 @@ def check_healthy(url: str) -> None:
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_server_is_what_its_document_says(base: str, case: schemathesis.Case) -> None:
     case.call_and_validate(base_url=base, headers=HEADERS, timeout=TIMEOUT_S)
+
+
+def test_what_was_asked_can_be_forgotten_and_what_is_listed_is_there(base: str) -> None:
+    """Requests in a row, along the document's links."""
+    API.config.update(base_url=base)
+    followed: set[str] = set()
+
+    class Workflow(API.as_state_machine()):  # type: ignore[misc]
+        def get_call_kwargs(self, case: schemathesis.Case) -> dict[str, Any]:
+            return {"headers": HEADERS, "timeout": TIMEOUT_S}
+
+        def after_call(self, response: Any, case: schemathesis.Case) -> None:
+            followed.add(f"{case.method} {case.path} {response.status_code}")
+
+    run_state_machine_as_test(
+        Workflow,
+        settings=settings(
+            max_examples=max(20, CASES // 20), deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+    assert {f"DELETE {URL} 200", "GET /v1/models/{model_id} 200"} <= followed
 
 
 def test_every_route_is_in_the_document_with_its_errors() -> None:
