@@ -131,6 +131,18 @@ class ModelInfoAnswer(ModelInfo):
     task: Literal["image"]
 
 
+class ProfileAnswer(_Answer):
+    """Seconds by "HxW"; `step_seconds` by sequence-parallel degree too."""
+
+    model: str
+    device: str
+    source: str
+    degrees: list[int]
+    step_seconds: dict[str, dict[int, float]]
+    encode_seconds: dict[str, float] = {}
+    decode_seconds: dict[str, float] = {}
+
+
 class HealthAnswer(_Answer):
     status: Literal["ready", "not_ready"]
     reason: str
@@ -189,6 +201,7 @@ MODEL: Responses = ERRORS | {
     404: {"model": ErrorAnswer, "description": "A model that is not served here."},
 }
 MODEL_INFO: Responses = ERRORS | {200: {"model": ModelInfoAnswer}}
+PROFILE: Responses = ERRORS | {200: {"model": ProfileAnswer}}
 PICTURE: Responses = {
     200: {"content": {"image/png": _FILE, "image/jpeg": _FILE, "image/webp": _FILE}},
     404: {"model": ErrorAnswer, "description": "Nothing has this URL, or it has expired."},

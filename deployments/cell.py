@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from deployments.config import AppArgs
 from deployments.meters import Families
 from deployments.scheduler import create_scheduler
+from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
 
 logger = logging.getLogger("ray.serve")
@@ -73,6 +74,10 @@ class Cell:
 
     async def model_info(self) -> ModelInfo:
         return await self._scheduler.model_info.remote()
+
+    async def profile(self) -> Profile:
+        """The step times of this cell, corrected by what it measured."""
+        return await self._scheduler.profile.remote()
 
     async def status(self) -> CellStatus:
         """Answers within a second; raises TimeoutError when the scheduler does not."""

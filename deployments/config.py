@@ -157,6 +157,11 @@ class ProfileArgs(_Section):
         3, ge=1, le=100, description="Measured steps per shape and degree; the median counts."
     )
     cache_dir: str | None = Field(None, description="Default: ~/.cache/tetriserve/profiles.")
+    correct: bool = Field(
+        True,
+        description="Plan with the profile times the median ratio of what the running cell measures to what the "
+        "profile says, by shape and degree; false: with the profile as it is.",
+    )
 
     @field_validator("shapes")
     @classmethod

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from tetriserve.engine.report import Report
+from tetriserve.engine.report import Report, together
 from tetriserve.request import (
     Execution,
     GenerateRequest,
@@ -83,8 +83,7 @@ class Entry:
 
     def record(self, assignment: Assignment, reports: list[Report]) -> None:
         """A range of it was run by all its members."""
-        # while all members were in it: before that the first ones wait for the others
-        start_s, end_s = max(r.started_s for r in reports), min(r.ended_s for r in reports)
+        start_s, end_s = together(reports)
         self.executions.append(Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s))
         self.phase = assignment.kind
         self.peak_memory_bytes = max(self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))

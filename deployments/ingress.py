@@ -58,6 +58,7 @@ from tetriserve.errors import (
     Overloaded,
     TetriserveError,
 )
+from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
 
 logger = logging.getLogger("ray.serve")
@@ -379,6 +380,18 @@ class Ingress:
         )
         return Response(exposition(answered), media_type=CONTENT_TYPE_LATEST)
 
+    async def get_profile(self) -> JSONResponse:
+        """`GET /v1/profile`: step times of a cell, corrected by what it measured, in the profile contract's form."""
+        response: Any = self._cell.profile.remote()
+        try:
+            profile: Profile = await asyncio.wait_for(response, STATUS_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            response.cancel()
+            raise NotReady(f"no cell answers within {STATUS_TIMEOUT_S:g} s") from None
+        except Exception as error:
+            raise _unanswered(error) from error
+        return JSONResponse(profile.to_body())
+
     async def get_health(self) -> JSONResponse:
         """`GET /health`: 200 when a cell can run steps."""
         try:
@@ -440,6 +453,7 @@ def build_http(ingress: Ingress) -> FastAPI:
         ("/v1/models", ingress.get_models, answers.MODELS),
         ("/v1/models/{model_id:path}", ingress.get_model, answers.MODEL),
         ("/v1/model_info", ingress.get_model_info, answers.MODEL_INFO),
+        ("/v1/profile", ingress.get_profile, answers.PROFILE),
     ):
         app.add_api_route(
             path, endpoint, methods=["GET"], response_model=None, dependencies=keyed, responses=responses

@@ -13,7 +13,7 @@ import ray.util.metrics
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.registry import Collector
 
-from tetriserve.engine.report import Report
+from tetriserve.engine.report import Report, seconds_per_step, together
 from tetriserve.request import CellStatus, Metrics, Shape
 
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 180.0)
@@ -71,6 +71,13 @@ class Meters:
             "Histogram", "phase_seconds", "Seconds of a finished request, by phase.", "phase", "shape"
         )
         self._steps = meter("Histogram", "step_seconds", "Seconds of a denoising step.", "shape", "degree")
+        self._ratio = meter(
+            "Gauge",
+            "step_time_ratio",
+            "Measured over profiled seconds of a step, median of the last ranges.",
+            "shape",
+            "degree",
+        )
         self._busy = meter("Counter", "gpu_busy_seconds_total", "GPU-seconds of step ranges.", "degree")
         self._switches = meter("Counter", "degree_switches_total", "Changes of degree between two ranges.")
         self._switch_s = meter("Histogram", "switch_seconds", "Seconds from a range's start to its steps.")
@@ -99,13 +106,17 @@ class Meters:
 
     def ran(self, shape: Shape, degree: int, steps: int, switched: bool, reports: Sequence[Report]) -> None:
         """A range was run by all its members; `steps` of denoising, 0 for the other phases."""
-        started_s, ended_s = max(r.started_s for r in reports), min(r.ended_s for r in reports)
-        switch_s = max(r.switch_s for r in reports)
-        self._busy.add(degree * (ended_s - started_s), degree)
+        start_s, end_s = together(reports)
+        self._busy.add(degree * (end_s - start_s), degree)
         if steps:
-            self._steps.observe((ended_s - started_s - switch_s) / steps, self._label(shape), degree)
-            self._switch_s.observe(switch_s)
+            self._steps.observe(seconds_per_step(reports, steps), self._label(shape), degree)
+            self._switch_s.observe(max(report.switch_s for report in reports))
             self._switches.add(switched)
+
+    def corrected(self, shape: Shape, degree: int, ratio: float) -> None:
+        """What the profile's step time is multiplied by from now on."""
+        if shape in self._shapes:
+            self._ratio.set(ratio, str(shape), degree)
 
     def planned(self, seconds: float) -> None:
         self._plans.observe(seconds)

@@ -29,7 +29,7 @@ from deployments.replica import boxed
 from solver.policies import make_policy
 from solver.problem import Packing, Phase, Snapshot
 from tetriserve.admission import Admission
-from tetriserve.engine.report import Report
+from tetriserve.engine.report import Report, seconds_per_step
 from tetriserve.errors import (
     Cancelled,
     CellLost,
@@ -41,6 +41,8 @@ from tetriserve.errors import (
     Overloaded,
     TetriserveError,
 )
+from tetriserve.live_profile import LiveProfile
+from tetriserve.profile import Profile
 from tetriserve.request import (
     CellStatus,
     GenerateRequest,
@@ -111,7 +113,8 @@ class Scheduler:
         """Load the model everywhere, join the groups, get the profile, then plan. Raises `ConfigError`."""
         await self._fleet.start()
         self._info = self._fleet.info
-        self._profile = await fitting_profile(self._args, self._fleet)
+        profile = await fitting_profile(self._args, self._fleet)
+        self._profile = LiveProfile(profile, follows=self._args.profile.correct)
         scheduler = self._args.scheduler
         self._rounds = RoundScheduler(
             self._policy,
@@ -236,20 +239,24 @@ class Scheduler:
         """The chain of a request, timed by the profile; guidance changes what a step costs."""
         shape, steps = request.shape, request.num_inference_steps
         assert steps is not None
-        if self._profile.interpolates(shape):
+        profile = self._profile.profile
+        if profile.interpolates(shape):
             logger.info("request %s: step times of %s are interpolated", request.request_id, shape)
-        measured = self._info.guided(GenerateRequest("profile"))
-        cost = (1 + self._info.guided(request)) / (1 + measured)
         step_s = {
-            degree: cost * seconds
+            degree: self._cost(request) * seconds
             for degree, seconds in self._profile.step_s(shape).items()
             if degree in self._args.cell.all_degrees and self._info.why_not_degree(shape, degree) is None
         }
         return (
-            Phase("encode", 1, {1: self._profile.encode_s(shape)}),
+            Phase("encode", 1, {1: profile.encode_s(shape)}),
             Phase("denoise", steps, step_s),
-            Phase("decode", 1, {1: self._profile.decode_s(shape)}),
+            Phase("decode", 1, {1: profile.decode_s(shape)}),
         )
+
+    def _cost(self, request: GenerateRequest) -> float:
+        """Of a step, in steps of the profile: two evaluations of the model where guidance needs them."""
+        profiled = GenerateRequest("profile")
+        return (1 + self._info.guided(request)) / (1 + self._info.guided(profiled))
 
     def _end(self, entry: Entry, outcome: GenerateResult | TetriserveError) -> None:
         """Settle a request and forget it; what is in flight for it runs out and is released then."""
@@ -411,9 +418,7 @@ class Scheduler:
                 entry.committed_latents = produced[-1]
             complete = self._rounds.finished(assignment.seq, now_s)
             ran = cast("list[Report]", results)
-            denoised = assignment.steps if assignment.kind == "denoise" else 0
-            switched = entry.degree not in (0, assignment.degree)
-            self._meters.ran(entry.request.shape, assignment.degree, denoised, switched, ran)
+            self._measure(entry, assignment, ran)
             if entry.id in self._entries:
                 entry.record(assignment, ran)
                 if complete:
@@ -421,6 +426,16 @@ class Scheduler:
         if entry.id not in self._entries and entry.outstanding == 0:
             self._release(entry)
         self._wake.set()
+
+    def _measure(self, entry: Entry, assignment: Assignment, reports: list[Report]) -> None:
+        """A range was run: what it says of step times."""
+        shape, degree = entry.request.shape, assignment.degree
+        steps = assignment.steps if assignment.kind == "denoise" else 0
+        self._meters.ran(shape, degree, steps, entry.degree not in (0, degree), reports)
+        if steps:
+            step_s = seconds_per_step(reports, steps)
+            self._profile.measured(shape, degree, step_s, self._cost(entry.request))
+            self._meters.corrected(shape, degree, self._profile.ratio(shape, degree))
 
     async def _settled(self, assignment: Assignment, reports: list[Any]) -> list[Any]:
         """What the members of a range report, errors included."""
@@ -596,6 +611,10 @@ class Scheduler:
         """What `/metrics` shows of this cell."""
         working = {request_id for assignment in self._rounds.running for request_id in assignment.request_ids}
         return self._meters.families(await self.status(), len(self._entries.keys() - working))
+
+    async def profile(self) -> Profile:
+        """The step times as measured since the start."""
+        return self._profile.corrected()
 
     async def model_info(self) -> ModelInfo:
         return self._info

@@ -17,6 +17,7 @@ from deployments.config import AppArgs
 from deployments.ingress import Ingress, build_http
 from deployments.meters import Families
 from deployments.pictures import Pictures
+from tetriserve.profile import Profile
 from tetriserve.request import (
     CellStatus,
     Execution,
@@ -26,6 +27,7 @@ from tetriserve.request import (
     Metrics,
     ModelInfo,
     Progress,
+    Shape,
     StepRange,
 )
 
@@ -45,6 +47,7 @@ INFO = ModelInfo(
     default_guidance_scale=3.5,
     max_prompt_chars=100,
 )
+PROFILE = Profile("lab/tiny", "CPU", "measured", (1, 2), {Shape(256, 256): {1: 0.25, 2: 0.15}})
 READY = CellStatus(True, "", 2, 2, 0, 0, "ilp")
 STARTING = CellStatus(False, "measuring step times", 2, 0, 0, 0, "ilp")
 URL = "/v1/images/generations"
@@ -101,6 +104,10 @@ class Cell:
     @property
     def status(self) -> Method:
         return Method(lambda: Call(self._soon(self.statuses[0]), lambda: None))
+
+    @property
+    def profile(self) -> Method:
+        return Method(lambda: Call(self._soon(PROFILE), lambda: None))
 
     @property
     def stream(self) -> Method:

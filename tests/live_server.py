@@ -104,7 +104,7 @@ def write_config(root: Path, profile: dict[str, Any] | None = None, ingresses: i
         "profile": {"shapes": list(SHAPES), "cache_dir": str(root / "profiles"), "repeats": 1},
     }
     if profile is not None:
-        args["profile"]["path"] = str(root / "profile.yaml")
+        args["profile"] |= {"path": str(root / "profile.yaml"), "correct": False}
         (root / "profile.yaml").write_text(yaml.safe_dump(profile))
     application = {
         "name": "tetriserve",

@@ -13,6 +13,7 @@ from deployments.config import AppArgs
 from deployments.scheduler import Scheduler
 from solver.problem import Job, Packing, Phase, Snapshot
 from tetriserve.errors import NotReady, Overloaded
+from tetriserve.live_profile import LiveProfile
 from tetriserve.profile import Profile
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
 from tetriserve.scheduler import RoundScheduler
@@ -88,7 +89,7 @@ def ready(**settings: Any) -> Scheduler:
     args = {"cell": {"gpus": 2, "device": "cpu"}, "http": {"api_keys_env": "X"}, "scheduler": settings}
     scheduler = Scheduler(AppArgs.parse(args), None)  # type: ignore[arg-type]
     scheduler._failure, scheduler._info = "", INFO
-    scheduler._profile = Profile("m", "d", "made up", (1,), {Shape(256, 256): {1: 0.5}})
+    scheduler._profile = LiveProfile(Profile("m", "d", "made up", (1,), {Shape(256, 256): {1: 0.5}}))
     scheduler._rounds = RoundScheduler(Hanging(), 2)
     return scheduler
 

@@ -91,6 +91,7 @@ def test_every_route_is_in_the_document_with_its_errors() -> None:
         "/v1/models",
         "/v1/models/{model_id}",
         "/v1/model_info",
+        "/v1/profile",
         "/metrics",
         "/health",
     }

@@ -73,7 +73,9 @@ def test_mixed_load_gives_the_pictures_of_lone_requests(server: Server) -> None:
         assert sum(part["steps"] for part in path) == request["num_inference_steps"]
         assert all(part["degree"] == len(part["gpus"]) for part in path)
     degrees = [{part["degree"] for part in path} for path in paths]
-    assert any(len(used) > 1 for used in degrees), "no request changed its degree"
+    large_s = httpx.get(f"{server.url}/v1/profile").json()["step_seconds"]["1024x1024"]
+    if large_s["2"] < 0.8 * large_s["1"]:  # on a busy machine it may not
+        assert any(len(used) > 1 for used in degrees), f"no request changed its degree: {degrees}"
     with httpx.Client(base_url=server.url, timeout=200) as client:
         for number in (0, 1, 14, 15, *range(26, 32)):
             alone = client.post("/v1/images/generations", json=load[number]).json()

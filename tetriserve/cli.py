@@ -56,6 +56,15 @@ def profile(options: argparse.Namespace) -> int:
     from deployments.local import check_machine, load_config
     from deployments.profiling import run
 
+    if options.from_live is not None:
+        from tetriserve.client import live_profile
+
+        try:
+            options.out.write_text(live_profile(options.from_live).to_yaml())
+        except OSError as error:
+            raise ConfigError(f"--out {options.out}: {error.strerror}") from None
+        print(f"wrote {options.out}")
+        return 0
     _, _, args = load_config(options.config)
     check_machine(args)
     run(args, options.out)
@@ -242,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
         "tetriserve profile --config cluster_configs/cpu_local.yaml --out profile.yaml",
     )
     sub.add_argument("--config", default=DEFAULT_CONFIG, help="Serve config file (default: %(default)s)")
+    sub.add_argument(
+        "--from-live", metavar="URL", help="write what the server there has measured; nothing is run"
+    )
     sub.add_argument("--out", type=Path, required=True, help="profile to write")
 
     sub = command(

@@ -1,4 +1,4 @@
-"""`tetriserve generate`: one call of the HTTP API, its pictures written to files."""
+"""Calls of a server's HTTP API: pictures written to files, and what a running cell knows of its step times."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from tetriserve.errors import TetriserveError
+from tetriserve.profile import Profile
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 """Output formats of the server, by file suffix."""
@@ -48,7 +49,11 @@ def generate(url: str, body: dict[str, Any], out: Path) -> list[str]:
     """
     start_s = time.monotonic()
     with _spinner("waiting for the picture"):
-        answer = _post(url, body | {"output_format": FORMATS[out.suffix.lower()]})
+        answer = _ask(
+            "POST", url, "/v1/images/generations", body | {"output_format": FORMATS[out.suffix.lower()]}
+        )
+    if not isinstance(answer, dict) or "data" not in answer:
+        raise ServerError(f"{url} is not a tetriserve server")
     elapsed_s = time.monotonic() - start_s
     lines = []
     for index, item in enumerate(answer["data"]):
@@ -74,12 +79,21 @@ def describe(file: str, size: str, elapsed_s: float, metrics: dict[str, Any]) ->
     return [f"{file}  {size}  seed {metrics['seed']}  {elapsed_s:.2f} s  {deadline}", f"  {path}"]
 
 
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+def live_profile(url: str) -> Profile:
+    """The step times that the server at `url` has measured. Raises `ServerError`."""
+    try:
+        return Profile.from_body(_ask("GET", url, "/v1/profile"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ServerError(f"{url} is not a tetriserve server: {error!r}") from None
+
+
+def _ask(method: str, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """The server's JSON answer. Raises `ServerError`."""
     # a request without a deadline may wait as long as the queue is: no read timeout
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
     try:
-        response = httpx.post(
-            f"{url.rstrip('/')}/v1/images/generations", json=body, headers=key_headers(), timeout=timeout
+        response = httpx.request(
+            method, f"{url.rstrip('/')}{path}", json=body, headers=key_headers(), timeout=timeout
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerError(f"no answer from {url}: {str(error) or type(error).__name__}") from None
@@ -90,8 +104,6 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     if response.status_code != 200:
         detail = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
         raise ServerError(f"{url} answered {response.status_code}: {detail or response.reason_phrase}")
-    if not isinstance(answer, dict) or "data" not in answer:
-        raise ServerError(f"{url} is not a tetriserve server")
     return answer
 
 

@@ -51,6 +51,10 @@ class Profile:
         return shape not in self.step_seconds
 
     def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_body(), sort_keys=False)
+
+    def to_body(self) -> dict[str, Any]:
+        """The profile contract, as `load` reads it."""
         body: dict[str, Any] = {
             "model": self.model,
             "device": self.device,
@@ -65,7 +69,7 @@ class Profile:
             table: Mapping[Shape, float] = getattr(self, key)
             if table:
                 body[key] = {str(s): round(t, 6) for s, t in sorted(table.items(), key=lambda i: i[0].pixels)}
-        return yaml.safe_dump(body, sort_keys=False)
+        return body
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -77,13 +81,14 @@ class Profile:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"profile {path}: not YAML ({str(error).splitlines()[0]})") from None
         try:
-            return cls._from_body(body)
+            return cls.from_body(body)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"missing field {error}" if isinstance(error, KeyError) else str(error)
             raise ConfigError(f"profile {path}: {what}") from None
 
     @classmethod
-    def _from_body(cls, body: Any) -> Profile:
+    def from_body(cls, body: Any) -> Profile:
+        """The other way. Raises KeyError, TypeError, ValueError or AttributeError."""
         if not isinstance(body, dict):
             raise ValueError("expected a mapping with model, device, source, degrees, step_seconds")
         degrees = tuple(sorted(int(degree) for degree in body["degrees"]))

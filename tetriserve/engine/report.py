@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -18,3 +19,14 @@ class Report:
     ended_s: float
     switch_s: float
     peak_memory_bytes: int
+
+
+def together(reports: Sequence[Report]) -> tuple[float, float]:
+    """(start, end) of the time in which all members of a range were in it: the first ones wait for the others."""
+    return max(report.started_s for report in reports), min(report.ended_s for report in reports)
+
+
+def seconds_per_step(reports: Sequence[Report], steps: int) -> float:
+    """Of a denoising range."""
+    start_s, end_s = together(reports)
+    return (end_s - start_s - max(report.switch_s for report in reports)) / steps
