@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import httpx
 import pytest
 from http_app import INFO, PICTURE, READY, URL, Cell, ask
@@ -95,3 +99,18 @@ def test_metrics_need_a_key_where_keys_are_configured(monkeypatch: pytest.Monkey
     headers = {"Authorization": "Bearer metrics-key-0123456789"}
     assert ask(Cell(), "GET", "/metrics", limits, headers=headers).status_code == 200
     assert ask(Cell(), "POST", URL, limits, headers=headers, json=PICTURE).json()["model"] == INFO.name
+
+
+def test_the_dashboard_asks_for_every_metric_and_for_no_other() -> None:
+    dashboard = json.loads((Path(__file__).parents[1] / "docs" / "grafana.json").read_text())
+    asked = set(re.findall(r"tetriserve_\w+", json.dumps(dashboard["panels"])))
+    known = {family.name for family in meters(1.0)}
+    stems = {name: re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked}
+    assert {stem if stem in known else name for name, stem in stems.items()} == set(known)
+    places = [panel["gridPos"] for panel in dashboard["panels"]]
+    assert len({(place["x"], place["y"]) for place in places}) == len(places)
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            labels = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            assert labels <= {"cell", "shape", "phase", "degree", "outcome", "state", "gpu", "kind"}
+            assert target["expr"].count("(") == target["expr"].count(")")
