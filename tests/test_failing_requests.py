@@ -56,7 +56,8 @@ class FailingReplica(GPUReplica):
             if state.step >= 2 and (fails_alone or fails_always):
                 torch.empty(1 << 60)
             if prompt == "poison" or (prompt == "unlucky" and not marker.exists()):
-                marker.touch()
+                if prompt == "unlucky":
+                    marker.touch()
                 raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
             step(state)
 
