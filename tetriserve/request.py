@@ -49,6 +49,8 @@ class GenerateRequest:
         reject_infeasible: end with `DeadlineInfeasible` at once if the first plan cannot have it on time; None for
             the server's default.
         priority: tie-break between requests with equal deadlines, larger first.
+        previews: how many rough pictures to make on the way, at most; only `stream` shows them. They cost no step and
+            change nothing of the picture.
         request_id: made by the server when None; must be unique among open requests.
         repeatable: the caller may send it again under the same `request_id`, and gets the same result while it is
             open and for some minutes after.
@@ -73,6 +75,7 @@ class GenerateRequest:
     request_id: str | None = None
     user: str | None = None
     repeatable: bool = False
+    previews: int = 0
     client: str | None = field(default=None, repr=False)
     waited_s: float = 0.0
 
@@ -169,6 +172,8 @@ class ModelInfo:
             raise InvalidRequest("seed", f"{request.seed}, allowed are 0 to 2**63 - 1")
         if request.slo_s is not None and not 0 < request.slo_s < float("inf"):
             raise InvalidRequest("slo_s", f"{request.slo_s}, must be a positive number of seconds")
+        if request.previews < 0:
+            raise InvalidRequest("previews", f"{request.previews}, must not be negative")
 
 
 class StepRange(NamedTuple):
@@ -211,6 +216,7 @@ class Metrics:
         steps: neighbouring ranges on the same GPUs in one.
         schedule: every range by itself, encode and decode too.
         lost: ranges that had to be run again; those of a lost cell are not known to the next one.
+        predicted_s: time from arrival to the end as the first plan had it; None when it could not say.
     """
 
     queue_s: float
@@ -226,16 +232,27 @@ class Metrics:
     seed: int
     peak_memory_bytes: int = 0
     lost: tuple[LostRange, ...] = ()
+    predicted_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an open request is: `steps_done` of `steps` denoising steps, `phase` is the last one that ran."""
+    """How far an open request is: `steps_done` of `steps` denoising steps, `phase` is the last one that ran.
+
+    Two are equal when the request is equally far.
+
+    Attributes:
+        predicted_finish_s: seconds from now until the result, as planned now; None when nobody can say.
+        preview: uint8 [height / 8, width / 8, 3], the newest one, where the request asks for previews and this stream
+            has not yielded it before.
+    """
 
     request_id: str
     phase: str
     steps_done: int
     steps: int
+    predicted_finish_s: float | None = field(default=None, compare=False)
+    preview: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

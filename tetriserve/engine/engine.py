@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from tetriserve.engine.latents import (
     unpack_conditioning,
     unpack_state,
 )
+from tetriserve.engine.preview import fit_colors, marks_passed, picture
 from tetriserve.engine.report import Report
 from tetriserve.models.adapter import ModelAdapter, RequestState
 from tetriserve.request import GenerateRequest, Shape
@@ -55,6 +57,7 @@ class Engine:
         self.groups = groups
         self._states: dict[str, RequestState] = {}
         self._conditioning: dict[str, tuple[GenerateRequest, dict[str, torch.Tensor]]] = {}
+        self._colors: torch.Tensor | None = None
 
     @property
     def held(self) -> int:
@@ -87,6 +90,7 @@ class Engine:
     ) -> Report:
         """Run `steps` steps from `first_step` over `gpus`, as range `seq`; the state stays here, on every member.
 
+        The first of `gpus` reports a preview when the request asks for some and the range passed a mark.
         `conditioning` and `latents` are needed only where this GPU does not hold them already.
         Raises RuntimeError when the state at hand is not at `first_step`, FloatingPointError when the latents
         are no numbers any more, and whatever a step raises.
@@ -98,13 +102,17 @@ class Engine:
         info = self.adapter.info
         with self.adapter.sequence_parallel.over(group, info.tokens(state.request.shape), info.text_tokens):
             for _ in range(steps):
-                self.adapter.step(state)
+                before = state.latents
+                velocity = self.adapter.step(state)
         # every member holds the same latents, so all of them stop here and none waits for another
         if not torch.isfinite(state.latents).all():
             raise FloatingPointError(
                 f"latents are not finite after step {state.step} of request {request_id}"
             )
-        return self._report(started_s, switched_s)
+        report = self._report(started_s, switched_s)
+        if gpus[0] != self.groups.gpu or not marks_passed(state.request, first_step, state.step):
+            return report
+        return replace(report, preview=self._preview(state, before, velocity))
 
     @torch.inference_mode()
     def decode(
@@ -168,6 +176,16 @@ class Engine:
         if len(gpus) > 1:
             return median(step_s[warmup:]), None, None
         return median(step_s[warmup:]), median(encode_s[1:]), median(decode_s[1:])
+
+    def _preview(self, state: RequestState, before: torch.Tensor, velocity: torch.Tensor) -> np.ndarray:
+        """What the picture comes to if the flow goes on straight from the last step."""
+        if self._colors is None:
+            # not before a request asks: then it takes about as long as two steps of a small picture, once, while at
+            # load it would hold up every replacement of a lost replica
+            self._colors = fit_colors(self.adapter)
+        sigma = state.sampler.sigmas[state.step - 1].float()
+        finished = before.float() - sigma * velocity.float()
+        return picture(self.adapter.spatial(state.request, finished), self._colors)
 
     def _state(
         self,

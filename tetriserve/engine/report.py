@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -13,12 +17,15 @@ class Report:
     Attributes:
         switch_s: from the start to the first step: installing handed-over state and choosing the group.
         peak_memory_bytes: of the device since the last report, 0 on CPU.
+        preview: uint8 [height / 8, width / 8, 3] of the request's picture, from the leader of a range that passed a
+            mark; made after `ended_s`.
     """
 
     started_s: float
     ended_s: float
     switch_s: float
     peak_memory_bytes: int
+    preview: np.ndarray | None = None
 
 
 def together(reports: Sequence[Report]) -> tuple[float, float]:

@@ -87,9 +87,20 @@ class ModelAdapter(ABC):
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         """The transformer's prediction for the whole latents, guidance applied; runs on the current group."""
 
-    @abstractmethod
+    def spatial(self, request: GenerateRequest, latents: torch.Tensor) -> torch.Tensor:
+        """The latents as the VAE sees them, [1, channels, height / 8, width / 8]."""
+        return latents
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Spatial latents through the VAE: [1, 3, height, width], about -1 to 1."""
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+
     def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
         """Finished latents to a picture, uint8 [height, width, 3]."""
+        pixels = self.pixels(self.spatial(request, latents))
+        return np.asarray(self.pipeline.image_processor.postprocess(pixels, output_type="pil")[0])
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         """The request with the model's defaults filled in."""
@@ -101,12 +112,16 @@ class ModelAdapter(ABC):
             else request.guidance_scale,
         )
 
-    def step(self, state: RequestState) -> None:
-        """One denoising step in place. Every member of the current group must call it on equal states."""
+    def step(self, state: RequestState) -> torch.Tensor:
+        """One denoising step in place. Every member of the current group must call it on equal states.
+
+        Returns what was predicted for it: the velocity of the flow at the latents before the step.
+        """
         timestep = state.sampler.timesteps[state.step]
         noise = self.predict_noise(state, timestep)
         state.latents = state.sampler.step(noise, timestep, state.latents, return_dict=False)[0]
         state.step += 1
+        return noise
 
     def new_sampler(self) -> Any:
         return copy.deepcopy(self.pipeline.scheduler)
@@ -115,9 +130,3 @@ class ModelAdapter(ABC):
         """Noise is drawn on the CPU, so that a seed means the same picture on every device."""
         assert request.seed is not None
         return torch.Generator("cpu").manual_seed(request.seed)
-
-    def _image(self, latents: torch.Tensor) -> np.ndarray:
-        pipeline = self.pipeline
-        latents = latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
-        pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
-        return np.asarray(pipeline.image_processor.postprocess(pixels, output_type="pil")[0])

@@ -137,11 +137,9 @@ class FluxAdapter(ModelAdapter):
             noise = negative + state.request.true_cfg_scale * (noise - negative)
         return noise
 
-    def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
+    def spatial(self, request: GenerateRequest, latents: torch.Tensor) -> torch.Tensor:
         pipeline = self.pipeline
-        return self._image(
-            pipeline._unpack_latents(latents, request.height, request.width, pipeline.vae_scale_factor)
-        )
+        return pipeline._unpack_latents(latents, request.height, request.width, pipeline.vae_scale_factor)
 
     def _forward(self, state: RequestState, timestep: torch.Tensor, prefix: str) -> torch.Tensor:
         request, latents, embeds = state.request, state.latents, state.conditioning[f"{prefix}embeds"]

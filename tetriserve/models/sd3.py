@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
@@ -143,6 +142,3 @@ class SD3Adapter(ModelAdapter):
             negative, positive = noise.chunk(2)
             noise = negative + state.request.guidance_scale * (positive - negative)
         return noise
-
-    def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
-        return self._image(latents)
