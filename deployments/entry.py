@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tetriserve.engine.report import Report, together
 from tetriserve.request import (
@@ -19,6 +20,9 @@ from tetriserve.request import (
     StepRange,
 )
 from tetriserve.scheduler import Assignment
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KEPT = 64
 """Finished pictures kept for repeated requests; 3 MB each at 1024x1024."""
@@ -44,6 +48,8 @@ class Entry:
         degree: of its last denoising range; 0 before the first.
         outstanding: ranges sent out and not yet collected.
         deadly: its ranges (`seq`) in which a replica died.
+        preview: the newest one.
+        predicted_s: time from arrival to the end, as the first plan that saw it had it.
     """
 
     id: str
@@ -69,6 +75,8 @@ class Entry:
     peak_memory_bytes: int = 0
     outstanding: int = 0
     deadly: set[int] = field(default_factory=set)
+    preview: np.ndarray | None = None
+    predicted_s: float | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -77,9 +85,23 @@ class Entry:
         assert self.request.request_id is not None
         return self.request.request_id
 
-    def progress(self) -> Progress:
+    def progress(self, finish_s: float, now_s: float) -> Progress:
+        """How far it is; `finish_s` is when it is expected to end, infinite when nobody can say."""
         assert self.request.num_inference_steps is not None
-        return Progress(self.name, self.phase, self.steps_done, self.request.num_inference_steps)
+        return Progress(
+            self.name,
+            self.phase,
+            self.steps_done,
+            self.request.num_inference_steps,
+            predicted_finish_s=finish_s - now_s if finish_s < math.inf else None,
+            preview=self.preview,
+        )
+
+    def predict(self, finish_s: float) -> None:
+        """A plan has it; `finish_s` as for `progress`. The first that can say when it ends is kept."""
+        if self.predicted_s is None and finish_s < math.inf:
+            self.predicted_s = finish_s - self.arrival_s
+            self.notify()
 
     def record(self, assignment: Assignment, reports: list[Report]) -> None:
         """A range of it was run by all its members."""
@@ -90,6 +112,8 @@ class Entry:
         if assignment.kind == "denoise":
             self.steps_done += assignment.steps
             self.degree = assignment.degree
+        if reports[0].preview is not None:  # the leader's
+            self.preview = reports[0].preview
         self.notify()
 
     def notify(self) -> None:
@@ -140,6 +164,7 @@ class Entry:
             lost=tuple(self.lost),
             seed=self.request.seed,
             peak_memory_bytes=self.peak_memory_bytes,
+            predicted_s=self.predicted_s,
         )
         return GenerateResult(self.name, image, time.time(), model, metrics)
 

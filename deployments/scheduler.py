@@ -148,16 +148,26 @@ class Scheduler:
     async def stream(
         self, request: GenerateRequest, call_id: str
     ) -> AsyncIterator[Progress | GenerateResult]:
-        """Progress after every committed range, then the result."""
+        """Progress after the first plan and after every committed range, then the result.
+
+        Who is slow to take it gets the newest, not all of it.
+        """
         entry = self._join(request, call_id)
         last: Progress | None = None
         while not entry.result.done():
             changed = entry.changed
-            if entry.progress() != last:
-                last = entry.progress()
-                yield last
+            progress = self._progress(entry)
+            # a plan may turn a request away: nothing is said before one has seen it
+            if progress != last and entry.predicted_s is not None:
+                shown = last is not None and progress.preview is last.preview
+                last = progress
+                yield replace(progress, preview=None) if shown else progress
             await changed.wait()
         yield entry.result.result()
+
+    def _progress(self, entry: Entry) -> Progress:
+        now_s = time.monotonic()
+        return entry.progress(self._rounds.predicted_finish_s(entry.id, now_s), now_s)
 
     async def cancel(self, request_id: str, call_id: str) -> bool:
         """A call is given up, and with the last call its request; its GPUs are free when the range in flight ends.
@@ -314,6 +324,9 @@ class Scheduler:
                 self._meters.planned(self._plan_s[-1])
                 for assignment in plan.assignments:
                     self._dispatch(assignment)
+                for job in snapshot.jobs:
+                    if job.id in self._entries:
+                        self._entries[job.id].predict(self._rounds.predicted_finish_s(job.id, snapshot.now_s))
 
     def _rejects(self, request: GenerateRequest) -> bool:
         if request.waited_s:  # it was accepted once

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deployments.config import AppArgs
 from deployments.scheduler import Scheduler
 from solver.problem import Job, Packing, Phase, Snapshot
+from tetriserve.engine.report import Report
 from tetriserve.errors import NotReady, Overloaded
 from tetriserve.live_profile import LiveProfile
 from tetriserve.profile import Profile
-from tetriserve.request import GenerateRequest, ModelInfo, Shape
-from tetriserve.scheduler import RoundScheduler
+from tetriserve.request import GenerateRequest, ModelInfo, Progress, Shape
+from tetriserve.scheduler import Assignment, RoundScheduler
 
 ARGS = AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}, "scheduler": {"solver_time_limit_s": 0.05}})
 
@@ -136,5 +139,44 @@ def test_a_cell_that_is_starting_is_not_ready() -> None:
         status = await scheduler.status()
         assert not status.ready and status.reason == "starting"
         await scheduler.check_health()  # starting is not broken
+
+    asyncio.run(run())
+
+
+def test_a_stream_begins_with_the_first_plan_and_skips_what_its_reader_was_too_slow_for() -> None:
+    async def run() -> None:
+        scheduler = ready()
+        request = GenerateRequest("a", 256, 256, 8, seed=0, request_id="a", previews=2)
+        items = scheduler.stream(request, "call")
+        first = asyncio.ensure_future(anext(items))
+        await asyncio.sleep(0.01)
+        (entry,) = scheduler._entries.values()
+        entry.predict(math.inf)  # a plan without a GPU
+        await asyncio.sleep(0.01)
+        assert not first.done()
+        entry.predict(entry.arrival_s + 4.0)
+        entry.predict(entry.arrival_s + 9.0)
+        assert await first == Progress("a", "queue", 0, 8)
+
+        def ran(steps: int, preview: int | None = None) -> None:
+            shown = None if preview is None else np.full((32, 32, 3), preview, np.uint8)
+            part = Assignment(0, (entry.id,), "denoise", (0,), 0, steps, 0.0, 1.0, (-1,))
+            entry.record(part, [Report(0.0, 1.0, 0.0, 0, shown)])
+
+        ran(1, 40)
+        item = await anext(items)
+        assert item.steps_done == 1 and item.preview[0, 0, 0] == 40
+        assert 0 < item.predicted_finish_s < math.inf
+        ran(2)
+        item = await anext(items)
+        assert item.steps_done == 3 and item.preview is None  # it was shown
+        ran(1, 80)
+        ran(1)
+        item = await anext(items)
+        assert item.steps_done == 5 and item.preview[0, 0, 0] == 80
+        result = entry.finish("picture", entry.arrival_s + 5.0, "m")
+        assert result.metrics.predicted_s == pytest.approx(4.0)
+        scheduler._end(entry, result)
+        assert [item async for item in items] == [result]
 
     asyncio.run(run())

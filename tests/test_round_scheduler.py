@@ -360,3 +360,51 @@ def test_refuses_what_cannot_be() -> None:
         scheduler.arrived("a", chain(1), 0.0)
     with pytest.raises(ValueError, match="denoise phase"):
         scheduler.arrived("b", (Phase("denoise", 3, {2: 0.1}),), 0.0)
+
+
+class Script:
+    """Packs what it is told."""
+
+    name = "script"
+    round_steps = 2.0
+    replans_on_arrival = True
+
+    def __init__(self, *entries: Entry, set_aside: str = "") -> None:
+        self._packing = Packing(entries, frozenset(set_aside))
+
+    def __call__(self, snapshot: Snapshot) -> Packing:
+        return self._packing
+
+
+def test_predicted_finish() -> None:
+    """From the packing where that has a request to its end, else when all that is open is done."""
+    whole = (
+        Entry("a", "encode", (0,), 1, 0.0, 0.05),
+        Entry("a", "denoise", (0,), 4, 0.05, 1.65),
+        Entry("a", "decode", (0,), 1, 3.0, 3.1),  # it waits for something
+        Entry("b", "encode", (1,), 1, 0.0, 0.05),
+    )
+    scheduler = RoundScheduler(Script(*whole, set_aside="b"), 2, round_s=10.0)
+    two = tuple(Phase(p.kind, p.steps, {d: s for d, s in p.step_s.items() if d <= 2}) for p in chain(4))
+    for name in "ab":
+        scheduler.arrived(name, two, 0.0)
+    alone_s = 0.05 + 4 * 0.25 + 0.1
+    assert scheduler.predicted_finish_s("c", 0.0) == math.inf
+    assert scheduler.predicted_finish_s("a", 0.0) == pytest.approx(0.05 + 4 * 0.4 + 0.1)  # both, on two GPUs
+    plan = scheduler.plan(0.0)
+    assert scheduler.predicted_finish_s("a", 0.0) == pytest.approx(3.1)
+    assert alone_s <= scheduler.predicted_finish_s("b", 0.0) < 3.1
+    # never before what is left could end at best
+    assert scheduler.predicted_finish_s("a", 50.0) > 51.0
+    # all of it committed: the end of what runs
+    for entry in whole[1:3]:
+        for assignment in plan.assignments:
+            scheduler.finished(assignment.seq, 4.0)
+        scheduler.policy = Script(entry)
+        plan = scheduler.plan(4.0)
+    assert [assignment.kind for assignment in plan.assignments] == ["decode"]
+    assert scheduler.predicted_finish_s("a", 4.0) == pytest.approx(4.1)
+    for gpu in (0, 1):
+        scheduler.gpu_lost(gpu)
+    scheduler.plan(4.0)
+    assert scheduler.predicted_finish_s("b", 4.0) == math.inf

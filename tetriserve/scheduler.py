@@ -8,6 +8,7 @@ happens in between (arrivals, cancellations, lost GPUs) is respected at commit.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -56,7 +57,10 @@ class RoundPlan:
 
 @dataclass
 class _Open:
-    """An open request: its chain of phases and how far it is committed and confirmed, in whole steps."""
+    """An open request: its chain of phases and how far it is committed and confirmed, in whole steps.
+
+    `planned_end_s` is its end in the last packing, None when that did not reach it.
+    """
 
     id: str
     arrival_s: float
@@ -73,6 +77,7 @@ class _Open:
     set_aside: bool = False
     outstanding: list[int] = field(default_factory=list)
     aborting: bool = False
+    planned_end_s: float | None = None
 
     @property
     def plannable(self) -> bool:
@@ -148,6 +153,7 @@ class RoundScheduler:
         self._queue: list[list[int]] = [[] for _ in range(n_gpus)]
         self._free_at_s = [-math.inf] * n_gpus
         self._last_seq = [-1] * n_gpus
+        self._drained_s: float | None = None
 
     # ---- events -------------------------------------------------------------------------------------------
 
@@ -306,6 +312,7 @@ class RoundScheduler:
     def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
         """Commit the entries that start within the window, cut to whole steps that reach the boundary."""
         self._predict(now_s)
+        self._note_ends(snapshot, packing)
         for request in self._open.values():
             request.set_aside = request.id in packing.set_aside
         window_s = max(snapshot.now_s, now_s) + self.lead_s + EPSILON_S
@@ -377,6 +384,26 @@ class RoundScheduler:
         )
         return (busy + work) / len(alive)
 
+    def predicted_finish_s(self, request_id: str, now_s: float) -> float:
+        """When a request will be done, by what was known at the last decision: no promise, for what arrives later is
+        not in it. `math.inf` when nobody can say: it is not open, or no GPU is there.
+
+        Its end in the last packing, where that reaches it; else (set aside, or planned only in part) when all that
+        is open will be done. Never before the rest of its steps at their fastest could end.
+        """
+        request = self._open.get(request_id)
+        if request is None:
+            return math.inf
+        remaining = request.remaining()
+        earliest_s = max(now_s, request.ready_s) + sum(p.steps * p.fastest_step_s for p in remaining)
+        if not remaining:
+            return earliest_s
+        if request.planned_end_s is not None:
+            return max(earliest_s, request.planned_end_s)
+        if self._drained_s is None:
+            self._drained_s = now_s + self.predicted_drain_s(now_s)
+        return max(earliest_s, self._drained_s)
+
     # ---- inside -------------------------------------------------------------------------------------------
 
     def _job(self, request: _Open) -> Job:
@@ -392,6 +419,20 @@ class RoundScheduler:
             slo_s=request.deadline_s - request.arrival_s,
             client=request.client,
         )
+
+    def _note_ends(self, snapshot: Snapshot, packing: Packing) -> None:
+        """Keep what a packing says of ends, for `predicted_finish_s`."""
+        self._drained_s = None
+        steps: Counter[str] = Counter()
+        end_s: dict[str, float] = {}
+        for entry in packing.entries:
+            steps[entry.job_id] += entry.steps
+            end_s[entry.job_id] = max(entry.end_s, end_s.get(entry.job_id, -math.inf))
+        for job in snapshot.jobs:
+            request = self._open.get(job.id)
+            if request is not None:
+                complete = steps[job.id] >= sum(phase.steps for phase in job.phases)
+                request.planned_end_s = end_s[job.id] if complete else None
 
     def _predict(self, now_s: float) -> None:
         """Bring `free_at_s` of the GPUs and `ready_s` of the requests up to date with what is known now.
