@@ -76,6 +76,7 @@ class MetricsAnswer(_Answer):
     lost: list[LostRun]
     seed: int
     peak_memory_mb: float
+    predicted_s: float | None = Field(description="Arrival to end, as the first plan had it.")
 
 
 class PictureAnswer(_Answer):
@@ -156,6 +157,20 @@ _RETRY = {
     "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds; absent when it will not help."}
 }
 
+_EVENTS = {
+    "schema": {"type": "string"},
+    "example": 'event: image_generation.progress\ndata: {"type": "image_generation.progress", "steps_done": 4, ...}',
+}
+_SECONDS = {"schema": {"type": "number"}}
+_RESULT_HEADERS = {
+    "X-Request-Id": {"schema": {"type": "string"}, "description": "`id` of the body."},
+    "X-Predicted-Finish-S": {**_SECONDS, "description": "Arrival to end in seconds, as first predicted."},
+    "X-Finish-S": {**_SECONDS, "description": "What it took; not with stream."},
+    "X-Inference-Time-S": {**_SECONDS, "description": "`inference_time_s` of the body; not with stream."},
+    "X-SLO-S": {**_SECONDS, "description": "The deadline, where there is one."},
+    "X-SLO-Met": {"schema": {"type": "boolean"}, "description": "The same; not with stream."},
+}
+
 ERRORS: Responses = {
     401: {"model": ErrorAnswer, "description": "No API key of this server."},
     500: {"model": ErrorAnswer, "description": "This request failed; later ones are not affected."},
@@ -172,6 +187,11 @@ IMAGES: Responses = ERRORS | {
     200: {
         "model": ImagesAnswer,
         "links": {"forget": {"operationId": "delete_images", "parameters": _SAME_KEY}},
+        "content": {"text/event-stream": _EVENTS},
+        "description": "With `stream` events: `image_generation.partial_image` and `image_generation.completed` in "
+        "OpenAI's form, each with `id`, `picture`, `steps_done`, `steps`, `predicted_finish_s`, the last also with "
+        "`metrics`; with `progress` also `image_generation.progress`; `error`, with an error body, ends the stream.",
+        "headers": _RESULT_HEADERS,
     },
     400: {"model": ErrorAnswer, "description": "`param` names the field, the message what is allowed."},
     404: {"model": ErrorAnswer, "description": "A model that is not served here."},

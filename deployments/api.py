@@ -130,6 +130,11 @@ class ImageRequest(BaseModel):
     runtime_v2_arrival_ms: Number | None = None
     runtime_v2_deadline_ms: Number | None = None
     runtime_v2_priority: Integer | None = None
+    stream: bool = Field(False, description="Answer with server-sent events.")
+    partial_images: Annotated[int, Field(ge=0, le=3), NO_BOOLEAN] = Field(
+        0, description="Rough pictures on the way, at most; only with stream."
+    )
+    progress: bool = Field(False, description="Also send an event after every step range; only with stream.")
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +147,15 @@ class ImageRequest(BaseModel):
             inner = _nested(fields, key)
             fields = {name: inner[name] for name in ANYWHERE if name in inner} | fields
         return fields
+
+    @model_validator(mode="after")
+    def _stream_only(self) -> ImageRequest:
+        for name in ("partial_images", "progress"):
+            if getattr(self, name) and not self.stream:
+                raise InvalidRequest(name, "needs stream: true")
+        if self.stream and self.response_format == "url":
+            raise InvalidRequest("response_format", "url cannot be streamed, allowed is b64_json")
+        return self
 
     @field_validator("size")
     @classmethod
@@ -183,6 +197,7 @@ class ImageRequest(BaseModel):
             else self.num_inference_steps,
             "priority": self.runtime_v2_priority if self.priority is None else self.priority,
             "slo_s": self._slo_s(),
+            "previews": self.partial_images,
         }
         for name in COPIED:
             fields[name] = getattr(self, name)
@@ -254,17 +269,36 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
         "lost": [lost._asdict() for lost in metrics.lost],
         "seed": metrics.seed,
         "peak_memory_mb": round(metrics.peak_memory_bytes / 2**20, 1),
+        "predicted_s": metrics.predicted_s,
     }
 
 
+def result_headers(response_id: str, metrics: Metrics) -> dict[str, str]:
+    """Headers of a generation response: what logs and load balancers want to know without reading the body."""
+    seconds = {
+        "X-Inference-Time-S": metrics.inference_s,
+        "X-Predicted-Finish-S": metrics.predicted_s,
+        "X-Finish-S": metrics.total_s,
+        "X-SLO-S": metrics.slo_s,
+    }
+    headers = {"X-Request-Id": response_id}
+    headers |= {name: f"{value:.6g}" for name, value in seconds.items() if value is not None}
+    if metrics.slo_met is not None:
+        headers["X-SLO-Met"] = "true" if metrics.slo_met else "false"
+    return headers
+
+
 def image_response(
-    request: ImageRequest, response_id: str, results: list[GenerateResult], pictures: list[dict[str, str]]
+    request: ImageRequest,
+    response_id: str,
+    results: list[GenerateResult],
+    slowest: GenerateResult,
+    pictures: list[dict[str, str]],
 ) -> dict[str, Any]:
     """Body of a generation response; `pictures` are `{"b64_json": ...}` or `{"url": ...}`.
 
     Each `data` item carries the `metrics` of its own picture; those at top level are the slowest picture's.
     """
-    slowest = max(results, key=lambda result: result.metrics.total_s)
     metrics = metrics_body(slowest.metrics)
     height, width = slowest.image.shape[:2]
     return {

@@ -10,13 +10,12 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -24,7 +23,6 @@ import ray
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -42,11 +40,13 @@ from deployments.api import (
     image_response,
     model_body,
     picture_ids,
+    result_headers,
 )
 from deployments.config import AppArgs
+from deployments.events import EventResponse, events, newest
 from deployments.keys import check_key, load_keys
 from deployments.meters import exposition
-from deployments.pictures import Picture
+from deployments.pictures import Picture, encode_image
 from tetriserve import __version__
 from tetriserve.errors import (
     CellLost,
@@ -119,7 +119,7 @@ class Ingress:
         assert isinstance(result, GenerateResult)
         return result
 
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[Progress | GenerateResult]:
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Progress | GenerateResult, None]:
         """Like `generate`, but yields `Progress` items on the way; the last item is the result.
 
         When a cell is lost on the way, another one starts the request anew and progress falls back.
@@ -273,16 +273,18 @@ class Ingress:
         if self._keys:
             http.state.client = check_key(self._keys, http.headers.get("authorization", ""))
 
-    async def post_images(self, http: Request) -> JSONResponse:
+    async def post_images(self, http: Request) -> Response:
         """`POST /v1/images/generations`."""
         body = await _read_body(http, self._args.http.max_body_bytes)
         request = ImageRequest.parse(body, self._args.http.max_n)
         response_id, requests = self._identified(request, http)
         requests = [dataclasses.replace(one, client=http.state.client) for one in requests]
+        if request.stream:
+            return await self._streamed_images(request, response_id, requests)
         results = await self._generate_all(requests)
         encoded = await asyncio.gather(
             *(
-                asyncio.to_thread(encode_image, result, request.output_format, request.quality)
+                asyncio.to_thread(encode_image, result.image, request.output_format, request.quality)
                 for result in results
             )
         )
@@ -291,7 +293,24 @@ class Ingress:
             pictures = [{"url": url} for url in urls]
         else:
             pictures = [{"b64_json": base64.b64encode(content).decode()} for content in encoded]
-        return JSONResponse(image_response(request, response_id, results, pictures))
+        slowest = max(results, key=lambda result: result.metrics.total_s)
+        answer = image_response(request, response_id, results, slowest, pictures)
+        return JSONResponse(answer, headers=result_headers(response_id, slowest.metrics))
+
+    async def _streamed_images(
+        self, request: ImageRequest, response_id: str, requests: list[GenerateRequest]
+    ) -> EventResponse:
+        """Events, once there are any: what goes wrong before them is answered without a stream."""
+        start_s = time.monotonic()
+        news = newest([self.stream(one) for one in requests])
+        first = await anext(news)
+        headers = {"X-Request-Id": response_id}
+        if requests[0].slo_s is not None:
+            headers["X-SLO-S"] = f"{requests[0].slo_s:.6g}"
+        if isinstance(first[1], Progress) and first[1].predicted_finish_s is not None:
+            finish_s = time.monotonic() - start_s + first[1].predicted_finish_s
+            headers["X-Predicted-Finish-S"] = f"{finish_s:.6g}"
+        return EventResponse(news, events(request, response_id, requests, first, news), headers)
 
     async def _keep(
         self, results: list[GenerateResult], encoded: list[bytes], media_type: str, base_url: str
@@ -533,15 +552,6 @@ async def _read_body(http: Request, limit: int) -> bytes:
     except ClientDisconnect:
         raise InvalidRequest("body", "the client went away while sending it") from None
     return bytes(body)
-
-
-def encode_image(result: GenerateResult, output_format: str, quality: int) -> bytes:
-    """The picture as a file; `quality` in percent, for jpeg and webp. Slow enough to need a thread."""
-    # level 1 takes half the time of the default level for 15 % more bytes (1024x1024)
-    options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": quality}
-    file = io.BytesIO()
-    Image.fromarray(result.image).save(file, format=output_format, **options)
-    return file.getvalue()
 
 
 async def _with_image(result: GenerateResult) -> GenerateResult:

@@ -1,11 +1,27 @@
-"""Pictures behind URLs: one small store for all ingress replicas, so that each of them can answer for any URL."""
+"""Pictures as files, and those behind URLs: one small store for all ingress replicas, so that each of them can
+answer for any URL."""
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from deployments.config import HTTPArgs
+
+
+def encode_image(pixels: np.ndarray, output_format: str, quality: int) -> bytes:
+    """A picture, uint8 [height, width, 3], as a file; `quality` in percent, for jpeg and webp. Slow enough to need a
+    thread."""
+    # level 1 takes half the time of the default level for 15 % more bytes (1024x1024)
+    options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": quality}
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format=output_format, **options)
+    return file.getvalue()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -69,6 +70,17 @@ class Call:
         self._task.cancel()
 
 
+class StreamCall:
+    """Stand-in of a DeploymentResponseGenerator."""
+
+    def __init__(self, items: AsyncGenerator[Any, None], cancelled: Callable[[], None]) -> None:
+        self._items = items
+        self.cancel = cancelled
+
+    def __aiter__(self) -> AsyncGenerator[Any, None]:
+        return self._items
+
+
 class Method:
     def __init__(self, remote: Callable[..., Any]) -> None:
         self.remote = remote
@@ -78,7 +90,10 @@ LOST = (LostRange("denoise", 2, (1,), 1700000000.1),)
 
 
 class Cell:
-    """Stand-in of a DeploymentHandle: remembers the requests, answers at once with a grey picture."""
+    """Stand-in of a DeploymentHandle: remembers the requests, answers at once with a grey picture.
+
+    A stream yields `progress` before that, `pause_s` apart.
+    """
 
     def __init__(self, *statuses: CellStatus, error: BaseException | None = None, delay_s: float = 0) -> None:
         self.statuses = list(statuses or [READY])
@@ -92,6 +107,8 @@ class Cell:
         self.broadcasts: list[tuple[Any, ...]] = []
         self.deaf: list[Exception] = []
         self.metrics: list[tuple[int, Families]] = []
+        self.progress = [Progress("", "denoise", 4, 8)]
+        self.pause_s = 0.0
 
     @property
     def generate(self) -> Method:
@@ -111,7 +128,7 @@ class Cell:
 
     @property
     def stream(self) -> Method:
-        return Method(self._stream)
+        return Method(lambda request: StreamCall(self._stream(request), self._forget(request)))
 
     def options(self, stream: bool) -> Cell:
         assert stream
@@ -158,13 +175,15 @@ class Cell:
         steps = (StepRange(6, 1, (0,)), StepRange(2, 2, (0, 1)))
         ran = Execution("denoise", 4, (0,), 1700000000.0, 1700000000.3)
         metrics = Metrics(
-            0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20, LOST
+            0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20, LOST, 1.5
         )
         image = np.full((request.height, request.width, 3), 128, np.uint8)
         return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)
 
     async def _stream(self, request: GenerateRequest) -> Any:
-        yield Progress(request.request_id or "r", "denoise", 4, 8)
+        for item in self.progress:
+            yield replace(item, request_id=request.request_id or "r")
+            await asyncio.sleep(self.pause_s)
         yield await self._generate(request)
 
 
