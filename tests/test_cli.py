@@ -149,9 +149,10 @@ def test_generate_refuses_a_file_it_cannot_write(out: str) -> None:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers as the HTTP API does; `status` 200 makes pictures."""
+    """Answers as the HTTP API does; `status` 200 makes pictures, up to a `failure`."""
 
     status = 200
+    failure = ""
     seen: list[dict[str, Any]]
 
     def do_POST(self) -> None:
@@ -168,23 +169,39 @@ class Server(BaseHTTPRequestHandler):
                 {"steps": 12, "degree": 2, "gpus": [0, 1]},
             ],
         }
-        item = {"b64_json": base64.b64encode(file.getvalue()).decode(), "metrics": metrics}
-        answer: dict[str, Any] = {"size": "64x96", "data": [item] * body["n"]}
+        picture = {"b64_json": base64.b64encode(file.getvalue()).decode(), "size": "64x96"}
+        events: list[dict[str, Any]] = []
+        for index in reversed(range(body["n"])):
+            far = {"picture": index, "steps": 20, "predicted_finish_s": None}
+            events += [
+                {"type": "image_generation.progress", "phase": "queue", "steps_done": 0, **far},
+                {"type": "image_generation.partial_image", "steps_done": 8, **far, **picture},
+                {
+                    "type": "image_generation.completed",
+                    "steps_done": 20,
+                    "metrics": metrics,
+                    **far,
+                    **picture,
+                },
+            ]
+        if self.failure:
+            events[-1:] = [{"type": "error", "error": {"message": self.failure}}]
+        data = ": a comment\n\n" + "".join(f"event: x\ndata: {json.dumps(event)}\n\n" for event in events)
         if self.status != 200:
-            answer = {"error": {"message": "size: too large"}}
-        data = json.dumps(answer).encode()
+            data = json.dumps({"error": {"message": "size: too large"}})
         self.send_response(self.status)
+        self.send_header("content-type", "text/event-stream" if self.status == 200 else "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data.encode())
 
     def log_message(self, *_: Any) -> None:
         pass
 
 
 @contextlib.contextmanager
-def http_server(status: int = 200) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    handler = type("Handler", (Server,), {"status": status, "seen": []})
+def http_server(status: int = 200, failure: str = "") -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    handler = type("Handler", (Server,), {"status": status, "failure": failure, "seen": []})
     server = HTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler.seen  # type: ignore[attr-defined]
@@ -207,6 +224,9 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "guidance_scale": 2,
             "slo_ms": 5000,
             "output_format": "jpeg",
+            "stream": True,
+            "progress": True,
+            "partial_images": 0,
         }
     ]
     first, second = capsys.readouterr().out.splitlines()
@@ -220,6 +240,33 @@ def test_generate_several(tmp_path: Path) -> None:
     with http_server() as (url, _):
         assert main(["generate", "x", "--n", "2", "--out", str(tmp_path / "x.png"), "--url", url]) == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x-0.png", "x-1.png"]
+
+
+def test_generate_writes_previews_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--out", str(tmp_path / "x.png"), "--preview", str(tmp_path / "soon.png")]
+    with http_server(failure="out of memory") as (url, seen):
+        assert main(["generate", "x", *files, "--url", url]) == 1
+    assert seen[0]["partial_images"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["soon.png"]
+    assert Image.open(tmp_path / "soon.png").size == (64, 96)
+    assert capsys.readouterr().err == f"tetriserve: error: {url} gave up: out of memory\n"
+    with http_server() as (url, _):
+        assert main(["generate", "x", "--n", "2", *files, "--url", url]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "x-0.png",
+        "x-1.png",
+        "soon-0.png",
+        "soon-1.png",
+        "soon.png",
+    }
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == [
+        str(tmp_path / f"x-{index}.png") for index in range(2)
+    ]
+
+
+def test_generate_refuses_a_preview_of_another_format() -> None:
+    assert "--preview x.jpg" in refused(run("generate", "x", "--out", "x.png", "--preview", "x.jpg"))
 
 
 def test_generate_says_what_the_server_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,10 +33,14 @@ def generate(options: argparse.Namespace) -> int:
     from tetriserve.client import FORMATS, generate
 
     out: Path = options.out
+    preview: Path | None = options.preview
     if out.suffix.lower() not in FORMATS:
         raise ConfigError(f"--out {out}: the suffix must be one of {', '.join(FORMATS)}")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: no such folder: {out.parent}")
+    if preview is not None and FORMATS.get(preview.suffix.lower()) != FORMATS[out.suffix.lower()]:
+        raise ConfigError(f"--preview {preview}: must be of the same format as --out {out}")
+    for option, file in (("--out", out), ("--preview", preview)):
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{option} {file}: no such folder: {file.parent}")
     body = {
         "prompt": options.prompt,
         "size": options.size,
@@ -48,7 +52,7 @@ def generate(options: argparse.Namespace) -> int:
         "slo_ms": None if options.slo is None else options.slo * 1000,
     }
     present = {name: value for name, value in body.items() if value is not None}
-    print("\n".join(generate(options.url, present, out)))
+    print("\n".join(generate(options.url, present, out, preview)))
     return 0
 
 
@@ -242,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--slo", type=_positive, metavar="SECONDS", help="deadline from arrival at the server")
     sub.add_argument("--n", type=int, default=1, help="number of pictures (default: %(default)s)")
     sub.add_argument("--out", type=Path, default=Path("tetriserve.png"), help="default: %(default)s")
+    sub.add_argument("--preview", type=Path, metavar="FILE", help="write rough pictures there on the way")
     sub.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
 
     sub = command(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import itertools
+import json
 import os
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +21,12 @@ FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 CONNECT_TIMEOUT_S = 10.0
 
+SILENCE_TIMEOUT_S = 60.0
+"""The server breaks its silence every 15 s."""
+
+MAX_PREVIEWS = 3
+"""What the API allows."""
+
 KEY_VARIABLE = "TETRISERVE_API_KEY"
 
 
@@ -36,34 +40,56 @@ class ServerError(TetriserveError):
     """The server could not be reached or answered with an error; one line says which."""
 
 
-def generate(url: str, body: dict[str, Any], out: Path) -> list[str]:
-    """Ask the server at `url` for pictures and write them.
+def generate(url: str, body: dict[str, Any], out: Path, preview: Path | None = None) -> list[str]:
+    """Ask the server at `url` for pictures and write them; a bar of steps on stderr where that is a terminal.
 
     Args:
         url: base URL, without /v1.
-        body: of `POST /v1/images/generations`, without `output_format`.
+        body: of `POST /v1/images/generations`, without `output_format` and what concerns the stream.
         out: file of the picture; several pictures get "-0", "-1", ... before the suffix, which must be one
             of `FORMATS`.
+        preview: file that each preview is written to as it comes, named in the same way; of the same format as `out`.
 
     Returns the lines to print. Raises `ServerError`.
     """
+    from tqdm import tqdm
+
     start_s = time.monotonic()
-    with _spinner("waiting for the picture"):
-        answer = _ask(
-            "POST", url, "/v1/images/generations", body | {"output_format": FORMATS[out.suffix.lower()]}
-        )
-    if not isinstance(answer, dict) or "data" not in answer:
-        raise ServerError(f"{url} is not a tetriserve server")
-    elapsed_s = time.monotonic() - start_s
-    lines = []
-    for index, item in enumerate(answer["data"]):
-        file = out if len(answer["data"]) == 1 else out.with_stem(f"{out.stem}-{index}")
-        try:
-            file.write_bytes(base64.b64decode(item["b64_json"]))
-        except OSError as error:
-            raise ServerError(f"cannot write {file}: {error.strerror}") from None
-        lines += describe(str(file), answer["size"], elapsed_s, item["metrics"])
-    return lines
+    n = body.get("n", 1)
+    stream = {"stream": True, "progress": True, "partial_images": MAX_PREVIEWS if preview else 0}
+    lines: dict[int, list[str]] = {}
+    steps_done = [0] * n
+    with tqdm(desc="queue", unit="step", disable=None, leave=False) as bar:
+        for event in _events(url, body | stream | {"output_format": FORMATS[out.suffix.lower()]}):
+            picture = event["picture"]
+            steps_done[picture] = event["steps_done"]
+            bar.total = n * event["steps"]
+            bar.n = sum(steps_done)
+            finish_s = event["predicted_finish_s"]
+            bar.set_postfix_str("" if finish_s is None else f"done in about {finish_s:.1f} s")
+            if event["type"] == "image_generation.progress":
+                bar.set_description(event["phase"])
+            elif event["type"] == "image_generation.partial_image" and preview is not None:
+                _write(_numbered(preview, picture, n), event)
+            elif event["type"] == "image_generation.completed":
+                file = _numbered(out, picture, n)
+                _write(file, event)
+                elapsed_s = time.monotonic() - start_s
+                lines[picture] = describe(str(file), event["size"], elapsed_s, event["metrics"])
+    if len(lines) < n:
+        raise ServerError(f"{url} ended the stream after {len(lines)} of {n} pictures")
+    return [line for picture in range(n) for line in lines[picture]]
+
+
+def _numbered(file: Path, picture: int, n: int) -> Path:
+    return file if n == 1 else file.with_stem(f"{file.stem}-{picture}")
+
+
+def _write(file: Path, event: dict[str, Any]) -> None:
+    try:
+        file.write_bytes(base64.b64decode(event["b64_json"]))
+    except OSError as error:
+        raise ServerError(f"cannot write {file}: {error.strerror}") from None
 
 
 def describe(file: str, size: str, elapsed_s: float, metrics: dict[str, Any]) -> list[str]:
@@ -81,52 +107,50 @@ def describe(file: str, size: str, elapsed_s: float, metrics: dict[str, Any]) ->
 
 def live_profile(url: str) -> Profile:
     """The step times that the server at `url` has measured. Raises `ServerError`."""
+    with _answer("GET", url, "/v1/profile") as response:
+        response.read()
     try:
-        return Profile.from_body(_ask("GET", url, "/v1/profile"))
+        return Profile.from_body(response.json())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ServerError(f"{url} is not a tetriserve server: {error!r}") from None
 
 
-def _ask(method: str, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The server's JSON answer. Raises `ServerError`."""
-    # a request without a deadline may wait as long as the queue is: no read timeout
-    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-    try:
-        response = httpx.request(
-            method, f"{url.rstrip('/')}{path}", json=body, headers=key_headers(), timeout=timeout
-        )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerError(f"no answer from {url}: {str(error) or type(error).__name__}") from None
-    try:
-        answer = response.json()
-    except ValueError:
-        raise ServerError(f"{url} answered {response.status_code}, not with JSON") from None
-    if response.status_code != 200:
-        detail = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
-        raise ServerError(f"{url} answered {response.status_code}: {detail or response.reason_phrase}")
-    return answer
+def _events(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of a streamed generation."""
+    with _answer("POST", url, "/v1/images/generations", body) as response:
+        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            raise ServerError(f"{url} is not a tetriserve server")
+        for line in response.iter_lines():
+            if not line.startswith("data: "):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise ServerError(f"{url} gave up: {event['error']['message']}")
+            if "picture" not in event:  # OpenAI's have none
+                raise ServerError(f"{url} is not a tetriserve server")
+            yield event
 
 
 @contextmanager
-def _spinner(label: str) -> Iterator[None]:
-    """Seconds counting up on stderr while the block runs; nothing when stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    done = threading.Event()
-    start_s = time.monotonic()
-
-    def spin() -> None:
-        for mark in itertools.cycle("|/-\\"):
-            print(f"\r{mark} {label} {time.monotonic() - start_s:.1f} s", end="", file=sys.stderr, flush=True)
-            if done.wait(0.1):
-                return
-
-    thread = threading.Thread(target=spin, daemon=True)
-    thread.start()
+def _answer(method: str, url: str, path: str, body: dict[str, Any] | None = None) -> Iterator[httpx.Response]:
+    """The server's answer, not yet read. Raises `ServerError` when it is none or an error, and while it is read."""
+    # a request may wait as long as the queue is, but even then the server gives signs of life
+    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S, read=SILENCE_TIMEOUT_S)
+    route = f"{url.rstrip('/')}{path}"
     try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        with httpx.stream(method, route, json=body, headers=key_headers(), timeout=timeout) as response:
+            if response.status_code != 200:
+                response.read()
+                raise ServerError(f"{url} answered {response.status_code}: {_reason(response)}")
+            yield response
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerError(f"no answer from {url}: {str(error) or type(error).__name__}") from None
+
+
+def _reason(response: httpx.Response) -> str:
+    """What an answer says of its error, in the server's words where it has some."""
+    try:
+        message: str = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return response.reason_phrase
+    return message
