@@ -21,8 +21,8 @@ from deployments.pictures import encode_image
 from tetriserve.errors import GenerationFailed
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 
-KEEPALIVE_S = 15.0
-"""Proxies close connections that are silent for longer, some after 30 s."""
+KEEPALIVE_S = 10.0
+"""Nothing is silent for longer; proxies close connections that are, some after 30 s."""
 
 KEEPALIVE = b": still there\n\n"
 
@@ -97,7 +97,6 @@ async def events(
         requests: those of the single pictures.
         first, rest: what `newest` says of them.
     """
-    last: dict[int, Progress] = {}
     sent = [0] * len(requests)
     shown_steps = [0] * len(requests)
     said: Said | None = first
@@ -107,7 +106,6 @@ async def events(
             shape = requests[picture].shape
             about = {"id": response_id, "picture": picture}
             if isinstance(item, Progress):
-                last[picture] = item
                 about |= _steps(item)
                 # where a request had to start anew, its previews only go on where they had been
                 if item.preview is not None and item.steps_done > shown_steps[picture]:

@@ -210,6 +210,23 @@ def test_fixed_degree_sequence_is_bit_reproducible(pool) -> None:
     np.testing.assert_array_equal(runs[0][1], runs[1][1])
 
 
+def test_only_the_leader_of_a_group_makes_previews(pool) -> None:
+    """They change nothing: the latents are those of the same journey without, to the bit."""
+    model, request = REQUESTS["odd"]
+    journey = Journey(pool, model, request, gpu=0)
+    journey.run((1, 2), STEPS)
+    asked = replace(request, previews=2)
+    _, conditioning, latents = pool.call((0,), model, "encode", "watched", asked)[0]
+    for gpu in (1, 2):
+        pool.send(gpu, model, "denoise", "watched", (1, 2), 0, STEPS, conditioning, latents)
+    leader, other = (pool.receive(gpu) for gpu in (1, 2))
+    assert leader.preview.shape == (14, 26, 3) and other.preview is None
+    (packed,) = pool.call((2,), model, "pack", "watched")
+    np.testing.assert_array_equal(packed.tensor.array, journey.latents.tensor.array)
+    pool.call((0, 1, 2), model, "release", "watched")
+    journey.finish(0)
+
+
 def test_seed_and_prompt_change_the_picture(pool) -> None:
     """The equality above would mean little if the model ignored its inputs."""
     model, request = REQUESTS["square"]

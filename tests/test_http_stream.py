@@ -195,7 +195,7 @@ def test_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.count(events.KEEPALIVE.decode()) >= 2
     cell = Cell(delay_s=0.3, error=errors.GenerationFailed("late"))
     cell.progress = []  # the stream begins with a sign of life
-    cell.requests.append(GenerateRequest("x"))
+    cell.requests.append(GenerateRequest("x"))  # the first request of a slow cell goes well
     answer = post(cell, **STREAM)
     assert answer.text.startswith(events.KEEPALIVE.decode())
     assert said(answer)[-1]["error"]["message"] == "late"

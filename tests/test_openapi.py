@@ -96,6 +96,10 @@ def test_every_route_is_in_the_document_with_its_errors() -> None:
         "/health",
     }
     assert paths[URL]["post"]["responses"].keys() >= {"200", "400", "401", "404", "413", "500", "503"}
+    assert paths[URL]["post"]["responses"]["200"]["content"].keys() == {
+        "application/json",
+        "text/event-stream",
+    }
     assert paths[URL]["delete"]["responses"].keys() >= {"200", "401", "404", "500", "503"}
     for operations in paths.values():
         for operation in operations.values():

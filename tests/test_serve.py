@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -237,7 +238,7 @@ ray.init(address="auto", namespace="serve", log_to_driver=False)
 handle = serve.get_app_handle("tetriserve")
 
 async def main():
-    request = GenerateRequest(prompt="a star", height=256, width=512, num_inference_steps=8, seed=3, slo_s=30)
+    request = GenerateRequest("a star", 256, 512, num_inference_steps=8, seed=3, slo_s=30, previews=2)
     result = await handle.generate.remote(request)
     assert result.image.shape == (256, 512, 3), result.image.shape
     assert result.metrics.slo_met and result.metrics.seed == 3
@@ -245,6 +246,9 @@ async def main():
     assert all(isinstance(item, Progress) for item in items[:-1]) and len(items) > 2
     done = [item.steps_done for item in items[:-1]]
     assert done == sorted(done) and done[-1] == 8, done
+    previews = [item.preview for item in items[:-1] if item.preview is not None]
+    assert 1 <= len(previews) <= 2 and previews[0].shape == (32, 64, 3)
+    assert items[0].predicted_finish_s > 0
     assert isinstance(items[-1], GenerateResult) and (items[-1].image == result.image).all()
     try:
         await handle.generate.remote(GenerateRequest(prompt="", height=256, width=256))
@@ -265,6 +269,31 @@ async def main():
 asyncio.run(main())
 print("handle ok")
 """
+
+
+def test_a_streamed_picture_is_the_same_and_hanging_up_frees_the_gpus(server: Server) -> None:
+    """OpenAI's client: previews on the way, then the picture that one gets without them; then it goes away."""
+    item = body("1024x1024", 7, num_inference_steps=12, slo_ms=60_000)
+    alone = httpx.post(f"{server.url}/v1/images/generations", json=item, timeout=60)
+    assert 0 < float(alone.headers["x-predicted-finish-s"]) < 60 and alone.headers["x-slo-met"] == "true"
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def stream(**more: Any) -> Any:
+        extra = {"seed": 7, "num_inference_steps": 12, **more}
+        return client.images.generate(
+            prompt=item["prompt"], size="1024x1024", stream=True, partial_images=3, extra_body=extra
+        )
+
+    *previews, done = stream()
+    assert [event.type for event in previews] == ["image_generation.partial_image"] * len(previews)
+    assert 1 <= len(previews) <= 3 and done.type == "image_generation.completed"
+    first = pixels(previews[0].to_dict())
+    assert first.shape == (1024, 1024, 3) and first.std() > 1
+    difference = pixels(done.to_dict()).astype(int) - pixels(alone.json()["data"][0]).astype(int)
+    assert np.abs(difference).max() <= 1
+    left = stream(n=2, num_inference_steps=50)
+    assert next(left).to_dict()["steps_done"] < 50
+    left.close()
 
 
 def test_python_handle(server: Server) -> None:

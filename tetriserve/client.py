@@ -22,7 +22,7 @@ FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 CONNECT_TIMEOUT_S = 10.0
 
 SILENCE_TIMEOUT_S = 60.0
-"""The server breaks its silence every 15 s."""
+"""The server breaks its silence much sooner, however long the queue is."""
 
 MAX_PREVIEWS = 3
 """What the API allows."""
