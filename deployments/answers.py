@@ -158,7 +158,11 @@ _RETRY = {
 }
 
 _EVENTS = {
-    "schema": {"type": "string"},
+    "schema": {  # of each event
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+        "required": ["event", "data"],
+    },
     "example": 'event: image_generation.progress\ndata: {"type": "image_generation.progress", "steps_done": 4, ...}',
 }
 _SECONDS = {"schema": {"type": "number"}}
