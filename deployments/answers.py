@@ -144,6 +144,79 @@ class ProfileAnswer(_Answer):
     decode_seconds: dict[str, float] = {}
 
 
+class BoardRange(_Answer):
+    """A rectangle of the board; neighbouring step ranges of one request are one."""
+
+    request: str | None = Field(description="A label; null for a request of somebody else.")
+    colour: int | None = Field(description="0 to 11, the same for all ranges of a request.")
+    late: bool
+    kind: Literal["encode", "denoise", "decode", "busy"] = Field(description='"busy": of somebody else.')
+    steps: int
+    gpus: list[tuple[int, int]] = Field(description="(first, count) of neighbouring GPUs.")
+    start_s: float
+    end_s: float = Field(description="Predicted while it runs.")
+    state: Literal["done", "running", "planned"]
+
+
+class BoardRequest(_Answer):
+    """An open request, or one that has ranges on the board. Those of others are not listed."""
+
+    request: str
+    colour: int
+    shape: str
+    steps: int
+    steps_done: int
+    arrival_s: float
+    deadline_s: float | None
+    outcome: str = Field(description='"open", "met", "late", "no_deadline" or the code of an error.')
+    late: bool = Field(description="Missed its deadline, or is open behind it.")
+
+
+class BoardRate(_Answer):
+    """Over the last `seconds` and all clients; requests without deadline and cancelled ones do not count."""
+
+    seconds: int
+    met: int
+    missed: int
+    slo_attainment: float | None
+    gpu_use: float
+
+
+class LeftOut(_Answer):
+    """What was too narrow to be seen, or too much."""
+
+    ranges: int
+    requests: int
+    rounds: int
+
+
+class CellBoard(_Answer):
+    """GPU x time of one cell. Times are seconds from `now_s`, which is Unix time: the past is negative."""
+
+    cell: int
+    now_s: float
+    gpus: list[Literal["ready", "lost", "cordoned"]]
+    ranges: list[BoardRange]
+    requests: list[BoardRequest]
+    rounds_s: list[float] = Field(description="Where rounds end.")
+    open_requests: int
+    waiting_requests: int
+    rates: list[BoardRate]
+    left_out: LeftOut
+
+
+class BoardAnswer(_Answer):
+    seconds: int
+    cells: list[CellBoard]
+
+
+class TimelineAnswer(_Answer):
+    """Trace events, microseconds of Unix time; two processes for each cell, its GPUs and its requests."""
+
+    traceEvents: list[dict[str, Any]]
+    displayTimeUnit: Literal["ms"]
+
+
 class HealthAnswer(_Answer):
     status: Literal["ready", "not_ready"]
     reason: str
@@ -239,6 +312,8 @@ METRICS: Responses = ERRORS | {
         "description": "Prometheus' text format.",
     },
 }
+BOARD: Responses = ERRORS | {200: {"model": BoardAnswer}}
+TIMELINE: Responses = ERRORS | {200: {"model": TimelineAnswer}}
 HEALTH: Responses = {
     200: {"model": HealthAnswer},
     503: {"model": HealthAnswer, "description": "No cell can run steps.", "headers": _RETRY},

@@ -8,6 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any
 
 import ray
 from ray import serve
@@ -85,8 +86,17 @@ class Cell:
 
     async def metrics(self) -> tuple[int, Families]:
         """This cell's number among its deployment's replicas, and what it measured."""
-        rank = serve.get_replica_context().rank.rank
-        return rank, await asyncio.wait_for(self._scheduler.metrics.remote(), STATUS_TIMEOUT_S)
+        return _number(), await asyncio.wait_for(self._scheduler.metrics.remote(), STATUS_TIMEOUT_S)
+
+    async def board(self, seconds: float, owner: str | None) -> tuple[int, dict[str, Any]]:
+        """This cell's number, and its live board as `owner` may see it; None sees everything."""
+        board = self._scheduler.board.remote(seconds, owner)
+        return _number(), await asyncio.wait_for(board, STATUS_TIMEOUT_S)
+
+    async def record(self, seconds: float, owner: str | None) -> tuple[int, dict[str, Any]]:
+        """This cell's number, and what its timeline shows to `owner`; None sees everything."""
+        record = self._scheduler.record.remote(seconds, owner)
+        return _number(), await asyncio.wait_for(record, STATUS_TIMEOUT_S)
 
     async def check_health(self) -> None:
         """Serve calls this; it fails when steps stop advancing, not only when a process is dead."""
@@ -96,3 +106,8 @@ class Cell:
             # a failed check is repeated before Serve acts on it, a dead replica is replaced at once
             logger.error("the scheduler is gone or stuck: this cell ends")
             os._exit(1)
+
+
+def _number() -> int:
+    """Of this cell among its deployment's replicas."""
+    return serve.get_replica_context().rank.rank

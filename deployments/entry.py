@@ -105,8 +105,7 @@ class Entry:
 
     def record(self, assignment: Assignment, reports: list[Report]) -> None:
         """A range of it was run by all its members."""
-        start_s, end_s = together(reports)
-        self.executions.append(Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s))
+        self.executions.append(executed(assignment, reports))
         self.phase = assignment.kind
         self.peak_memory_bytes = max(self.peak_memory_bytes, *(r.peak_memory_bytes for r in reports))
         if assignment.kind == "denoise":
@@ -167,6 +166,12 @@ class Entry:
             predicted_s=self.predicted_s,
         )
         return GenerateResult(self.name, image, time.time(), model, metrics)
+
+
+def executed(assignment: Assignment, reports: list[Report]) -> Execution:
+    """A range as it ran."""
+    start_s, end_s = together(reports)
+    return Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s)
 
 
 class Kept:

@@ -17,12 +17,15 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import ray
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -58,8 +61,10 @@ from tetriserve.errors import (
     Overloaded,
     TetriserveError,
 )
+from tetriserve.history import KEPT_S
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
+from tetriserve.timeline import timeline
 
 logger = logging.getLogger("ray.serve")
 
@@ -84,6 +89,18 @@ IDEMPOTENCY_KEY: dict[str, Any] = {
     "name": "Idempotency-Key",
     "in": "header",
     "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
+}
+
+BoardSeconds = Annotated[int, Query(ge=1, le=300, description="How far back.")]
+TimelineSeconds = Annotated[int, Query(ge=1, le=int(KEPT_S), description="How far back.")]
+
+PAGE = StaticFiles(directory=Path(__file__).parent / "page")
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",  # a browser asks every time, with the ETag, whether it is still the same
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
 }
 
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
@@ -386,18 +403,37 @@ class Ingress:
 
     async def get_metrics(self) -> Response:
         """`GET /metrics`: every cell that answers, as Prometheus reads it."""
+        return Response(exposition(await self._numbered("metrics")), media_type=CONTENT_TYPE_LATEST)
+
+    async def get_board(self, http: Request, seconds: BoardSeconds = 30) -> JSONResponse:
+        """`GET /v1/board`: GPU x time of every cell that answers, as the owner of the key may see it."""
+        cells = await self._numbered("board", seconds, http.state.client)
+        return JSONResponse({"seconds": seconds, "cells": [{"cell": cell, **board} for cell, board in cells]})
+
+    async def get_timeline(self, http: Request, seconds: TimelineSeconds = 60) -> JSONResponse:
+        """`GET /debug/timeline`: the same past as trace events, for ui.perfetto.dev."""
+        cells = await self._numbered("record", seconds, http.state.client)
+        # tens of thousands of events
+        return JSONResponse(await asyncio.to_thread(timeline, dict(cells)))
+
+    async def get_page(self, http: Request, name: str = "index.html") -> Response:
+        """`GET /` and `GET /page/{name}`: the form and the live board. They need no key, their data does."""
+        response = await PAGE.get_response(name, http.scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+    async def _numbered(self, method: str, *arguments: object) -> list[tuple[int, Any]]:
+        """(number, answer) of every cell that answers, in order. Raises `NotReady` when that is not certain."""
         try:
-            cells = await self._cell.broadcast("metrics").results_async(
+            cells = await self._cell.broadcast(method, *arguments).results_async(
                 timeout_s=STATUS_TIMEOUT_S, return_exceptions=True
             )
         except TimeoutError:
             raise NotReady(f"not all cells answer within {STATUS_TIMEOUT_S:g} s") from None
         except Exception as error:
             raise _unanswered(error) from error
-        answered = sorted(
-            (cell for cell in cells if not isinstance(cell, Exception)), key=lambda cell: cell[0]
-        )
-        return Response(exposition(answered), media_type=CONTENT_TYPE_LATEST)
+        answered = [cell for cell in cells if not isinstance(cell, Exception)]
+        return sorted(answered, key=lambda cell: cell[0])
 
     async def get_profile(self) -> JSONResponse:
         """`GET /v1/profile`: step times of a cell, corrected by what it measured, in the profile contract's form."""
@@ -473,6 +509,8 @@ def build_http(ingress: Ingress) -> FastAPI:
         ("/v1/models/{model_id:path}", ingress.get_model, answers.MODEL),
         ("/v1/model_info", ingress.get_model_info, answers.MODEL_INFO),
         ("/v1/profile", ingress.get_profile, answers.PROFILE),
+        ("/v1/board", ingress.get_board, answers.BOARD),
+        ("/debug/timeline", ingress.get_timeline, answers.TIMELINE),
     ):
         app.add_api_route(
             path, endpoint, methods=["GET"], response_model=None, dependencies=keyed, responses=responses
@@ -495,11 +533,14 @@ def build_http(ingress: Ingress) -> FastAPI:
         response_model=None,
         responses=answers.PICTURE,
     )
+    for path in ("/", "/page/{name}"):
+        app.add_api_route(path, ingress.get_page, methods=["GET", "HEAD"], include_in_schema=False)
     # load balancers ask without a key; it says how the cells are, not what they do
     app.add_api_route(
         "/health", ingress.get_health, methods=["GET"], response_model=None, responses=answers.HEALTH
     )
     app.add_exception_handler(TetriserveError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_wrong_parameter)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
     return app
@@ -508,6 +549,12 @@ def build_http(ingress: Ingress) -> FastAPI:
 async def _on_error(_: Request, error: Exception) -> JSONResponse:
     status, body, headers = describe_error(as_tetriserve_error(error))
     return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def _on_wrong_parameter(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return await _on_error(http, InvalidRequest(str(first["loc"][-1]), first["msg"]))
 
 
 async def _on_http_error(http: Request, error: Exception) -> JSONResponse:

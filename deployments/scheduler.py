@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
-from deployments.entry import Entry, Kept
+from deployments.entry import Entry, Kept, executed
 from deployments.fleet import Fleet
 from deployments.meters import Families, Meters
 from deployments.profiling import fitting_profile
@@ -41,10 +41,12 @@ from tetriserve.errors import (
     Overloaded,
     TetriserveError,
 )
+from tetriserve.history import History, Plan, Run
 from tetriserve.live_profile import LiveProfile
 from tetriserve.profile import Profile
 from tetriserve.request import (
     CellStatus,
+    Execution,
     GenerateRequest,
     GenerateResult,
     ModelInfo,
@@ -90,6 +92,7 @@ class Scheduler:
         self._serial = itertools.count()
         self._kept = Kept()
         self._meters = Meters(args.profile.all_shapes)
+        self._history = History(args.cell.gpus, time.time())
         self._admission = Admission(
             args.scheduler.max_open_requests, args.scheduler.max_open_per_client, shared=args.http.has_keys
         )
@@ -240,6 +243,16 @@ class Scheduler:
             client=request.client,
         )
         self._entries[entry.id] = self._named[entry.name] = entry
+        arrival_unix_s = arrival_s + _unix_ahead_s()
+        self._history.arrived(
+            entry.id,
+            entry.name,
+            request.client,
+            request.shape,
+            phases[1].steps,
+            arrival_unix_s,
+            None if slo_s is None else arrival_unix_s + slo_s,
+        )
         if request.waited_s:
             self._meters.resubmitted()
         self._wake.set()
@@ -275,11 +288,12 @@ class Scheduler:
         del self._named[entry.name]
         self._rounds.cancelled(entry.id)
         if isinstance(outcome, TetriserveError):
-            self._meters.ended(outcome.code, entry.request.shape)
+            word, metrics = outcome.code, None
         else:
-            met = outcome.metrics.slo_met
-            word = "no_deadline" if met is None else "met" if met else "late"
-            self._meters.ended(word, entry.request.shape, outcome.metrics)
+            metrics = outcome.metrics
+            word = "no_deadline" if metrics.slo_met is None else "met" if metrics.slo_met else "late"
+        self._meters.ended(word, entry.request.shape, metrics)
+        self._history.ended(entry.id, word, time.time())
         if not entry.result.done():
             if isinstance(outcome, TetriserveError):
                 entry.result.set_exception(outcome)
@@ -315,6 +329,7 @@ class Scheduler:
                 continue
             snapshot = self._rounds.snapshot(time.monotonic())
             if snapshot.jobs:
+                fallbacks = self.fallbacks
                 packing = await self._pack(snapshot)
                 self._turn_away(
                     self._rounds.infeasible(snapshot, packing), "cannot meet its deadline (reject_infeasible)"
@@ -322,6 +337,9 @@ class Scheduler:
                 plan = self._rounds.commit(snapshot, packing, time.monotonic())
                 self._plan_s.append(time.monotonic() - snapshot.now_s)
                 self._meters.planned(self._plan_s[-1])
+                ahead_s, fell_back = _unix_ahead_s(), self.fallbacks > fallbacks
+                start_s, boundary_s = snapshot.now_s + ahead_s, plan.boundary_s + ahead_s
+                self._history.planned(Plan(start_s, self._plan_s[-1], fell_back, boundary_s))
                 for assignment in plan.assignments:
                     self._dispatch(assignment)
                 for job in snapshot.jobs:
@@ -432,6 +450,7 @@ class Scheduler:
             complete = self._rounds.finished(assignment.seq, now_s)
             ran = cast("list[Report]", results)
             self._measure(entry, assignment, ran)
+            self._history.ran(entry.id, executed(assignment, ran))
             if entry.id in self._entries:
                 entry.record(assignment, ran)
                 if complete:
@@ -629,6 +648,27 @@ class Scheduler:
         """The step times as measured since the start."""
         return self._profile.corrected()
 
+    async def board(self, seconds: float, owner: str | None) -> dict[str, Any]:
+        """`History.board`: the last `seconds` and what is committed, as `owner` may see it."""
+        now_s, ahead_s = time.monotonic(), _unix_ahead_s()
+        running = [] if self._failure else self._rounds.expected(now_s)
+        runs = [
+            Run(request_id, Execution(a.kind, a.steps, a.gpus, start_s + ahead_s, end_s + ahead_s))
+            for a, start_s, end_s in running
+            for request_id in a.request_ids
+        ]
+        cordoned = self._cordoned()
+        lost = self._lost if not self._failure else range(len(self._fleet))
+        states = [
+            "cordoned" if gpu in cordoned else "lost" if gpu in lost else "ready"
+            for gpu in range(len(self._fleet))
+        ]
+        return self._history.board(now_s + ahead_s, seconds, owner, runs, states)
+
+    async def record(self, seconds: float, owner: str | None) -> dict[str, Any]:
+        """`History.record`: the last `seconds` as `owner` may see them."""
+        return self._history.record(time.time(), seconds, owner)
+
     async def model_info(self) -> ModelInfo:
         return self._info
 
@@ -648,6 +688,11 @@ class Scheduler:
 def _cause(error: BaseException) -> BaseException:
     """What a replica raised, out of Ray's wrapping."""
     return getattr(error, "cause", None) or error
+
+
+def _unix_ahead_s() -> float:
+    """Seconds from this process' monotonic clock to Unix time."""
+    return time.time() - time.monotonic()
 
 
 def _quantile(values: Collection[float], share: float) -> float:

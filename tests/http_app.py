@@ -18,6 +18,7 @@ from deployments.config import AppArgs
 from deployments.ingress import Ingress, build_http
 from deployments.meters import Families
 from deployments.pictures import Pictures
+from tetriserve.history import History
 from tetriserve.profile import Profile
 from tetriserve.request import (
     CellStatus,
@@ -51,6 +52,7 @@ INFO = ModelInfo(
 PROFILE = Profile("lab/tiny", "CPU", "measured", (1, 2), {Shape(256, 256): {1: 0.25, 2: 0.15}})
 READY = CellStatus(True, "", 2, 2, 0, 0, "ilp")
 STARTING = CellStatus(False, "measuring step times", 2, 0, 0, 0, "ilp")
+NOW_S = 1700000010.0
 URL = "/v1/images/generations"
 PICTURE = {"prompt": "a red circle", "size": "64x96"}
 
@@ -109,6 +111,7 @@ class Cell:
         self.metrics: list[tuple[int, Families]] = []
         self.progress = [Progress("", "denoise", 4, 8)]
         self.pause_s = 0.0
+        self.history = History(2, 1700000000.0)
 
     @property
     def generate(self) -> Method:
@@ -150,6 +153,11 @@ class Cell:
             return self.statuses
         if method == "metrics":
             return [*self.deaf, *self.metrics]
+        if method == "board":
+            seconds, owner = arguments
+            return [*self.deaf, (0, self.history.board(NOW_S, seconds, owner, (), ("ready", "lost")))]
+        if method == "record":
+            return [*self.deaf, (0, self.history.record(NOW_S, *arguments))]
         assert method == "delete"
         known = {request.request_id for request in self.requests}
         return [*self.deaf, bool(known & set(arguments[0]))]

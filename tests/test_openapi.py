@@ -92,6 +92,8 @@ def test_every_route_is_in_the_document_with_its_errors() -> None:
         "/v1/models/{model_id}",
         "/v1/model_info",
         "/v1/profile",
+        "/v1/board",
+        "/debug/timeline",
         "/metrics",
         "/health",
     }

@@ -17,10 +17,10 @@ from solver.policies import POLICIES, make_policy
 from solver.problem import Entry, Packing, Phase, Snapshot
 from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.metrics import result_of
-from tetriserve.plot import timeline
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
 from tetriserve.simulate import Disturbance, Simulation, named_policy, simulate
+from tetriserve.timeline import timeline
 from tetriserve.trace import TraceRequest, write_trace
 from tetriserve.workload import SloRule, Workload, parse_shapes
 
@@ -224,7 +224,7 @@ def test_result_has_exactly_the_keys_of_the_contract() -> None:
 
 def test_timeline_says_what_the_schedule_says() -> None:
     result = small_run()
-    events = json.loads(json.dumps(timeline(result)))["traceEvents"]
+    events = json.loads(json.dumps(timeline({0: result})))["traceEvents"]
     slices = [event for event in events if event["ph"] == "X"]
     expected = [
         (gpu, " + ".join(row["request_ids"]), row["start_s"] * 1e6, (row["end_s"] - row["start_s"]) * 1e6)
@@ -234,8 +234,8 @@ def test_timeline_says_what_the_schedule_says() -> None:
     found = [(event["tid"], event["name"], event["ts"], event["dur"]) for event in slices]
     assert [row[:2] for row in found] == [row[:2] for row in expected]
     assert [x for row in found for x in row[2:]] == pytest.approx([x for row in expected for x in row[2:]])
-    starts = {event["id"]: event["ts"] for event in events if event["ph"] == "b"}
-    ends = {event["id"]: event["ts"] for event in events if event["ph"] == "e"}
+    starts = {event["name"]: event["ts"] for event in events if event["ph"] == "b"}
+    ends = {event["name"]: event["ts"] for event in events if event["ph"] == "e"}
     assert starts == {row["id"]: row["arrival_s"] * 1e6 for row in result["requests"]}
     assert ends == {row["id"]: row["finish_s"] * 1e6 for row in result["requests"]}
 

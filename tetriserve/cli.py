@@ -102,8 +102,9 @@ def simulate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tetriserve.metrics import result_of, summary_table, write_json
-    from tetriserve.plot import draw_board, timeline
+    from tetriserve.plot import draw_board
     from tetriserve.simulate import Disturbance, named_policy, simulate
+    from tetriserve.timeline import timeline
 
     for out in (options.out, options.timeline, options.plot):
         if out is not None and not out.parent.is_dir():
@@ -120,7 +121,7 @@ def simulate(options: argparse.Namespace) -> int:
     result = result_of(policy.name, options.gpus, done.outcomes, done.schedule, done.plan_ms)
     write_json(options.out, result)
     if options.timeline is not None:
-        write_json(options.timeline, timeline(result))
+        write_json(options.timeline, timeline({0: result}))
     if options.plot is not None:
         draw_board(result, options.gpus, options.plot)
     print(summary_table(result["summary"]))

@@ -1,14 +1,14 @@
-"""Views of a result (the Result contract): the board as a picture, the schedule as Chrome/Perfetto trace events."""
+"""A result (the Result contract) as a picture: the board of GPU x time."""
 
 from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tetriserve.errors import ConfigError
+from tetriserve.history import runs_of
 
 Color = tuple[float, float, float]
 
@@ -16,39 +16,6 @@ MAX_PANELS = 20
 LATENCIES_PER_PANEL = 30
 """Width of a panel in median request latencies: so many rectangles side by side can still be told apart."""
 GOLDEN = 0.618034
-
-
-def timeline(result: dict[str, Any]) -> dict[str, Any]:
-    """Trace events for ui.perfetto.dev: a track per GPU with a slice per range, and requests as async spans.
-
-    Process 0 holds the GPUs, process 1 the requests (arrival to finish). Times are microseconds.
-    """
-    gpus = sorted({gpu for entry in result["schedule"] for gpu in entry["gpus"]})
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": "GPUs"}},
-        {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "requests"}},
-    ]
-    events += [
-        {"ph": "M", "pid": 0, "tid": gpu, "name": "thread_name", "args": {"name": f"GPU {gpu}"}}
-        for gpu in gpus
-    ]
-    for entry in result["schedule"]:
-        name = " + ".join(entry["request_ids"])
-        args = {"steps": entry["steps"], "degree": len(entry["gpus"]), "gpus": entry["gpus"]}
-        start_us, end_us = entry["start_s"] * 1e6, entry["end_s"] * 1e6
-        events += [
-            {"ph": "X", "pid": 0, "tid": gpu, "name": name, "cat": entry["kind"], "ts": start_us}
-            | {"dur": end_us - start_us, "args": args}
-            for gpu in entry["gpus"]
-        ]
-    for request in result["requests"]:
-        if request["finish_s"] is None:
-            continue
-        common = {"pid": 1, "tid": 0, "cat": "request", "name": request["id"], "id": request["id"]}
-        args = {"slo_s": request["slo_s"], "met": request["met"]}
-        events.append({**common, "ph": "b", "ts": request["arrival_s"] * 1e6, "args": args})
-        events.append({**common, "ph": "e", "ts": request["finish_s"] * 1e6})
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def draw_board(result: dict[str, Any], n_gpus: int, path: Path) -> None:
@@ -101,7 +68,7 @@ def _draw_panel(axis: Any, result: dict[str, Any], colors: dict[str, Color]) -> 
         if end_s <= left_s or start_s >= right_s:
             continue
         request_id = entry["request_ids"][0]
-        for first, count in _runs(entry["gpus"]):
+        for first, count in runs_of(entry["gpus"]):
             axis.add_patch(
                 Rectangle(
                     (start_s, first - 0.46),
@@ -129,17 +96,6 @@ def _panels(result: dict[str, Any]) -> tuple[float, float, int]:
     median_s = result["summary"]["p50_s"] or (end_s - start_s)
     panels = math.ceil((end_s - start_s) / max(median_s * LATENCIES_PER_PANEL, 1e-9))
     return start_s, end_s, min(max(panels, 1), MAX_PANELS)
-
-
-def _runs(gpus: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive GPUs as (first, count)."""
-    runs: list[tuple[int, int]] = []
-    for gpu in sorted(gpus):
-        if runs and gpu == runs[-1][0] + runs[-1][1]:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((gpu, 1))
-    return runs
 
 
 def _color(index: int) -> Color:

@@ -373,6 +373,25 @@ class RoundScheduler:
         """Assignments committed and not yet reported, in plan order."""
         return [self._running[seq] for seq in sorted(self._running)]
 
+    def expected(self, now_s: float) -> list[tuple[Assignment, float, float]]:
+        """The running assignments in plan order, each with the start and the end that can be expected now.
+
+        A range begins when the ranges before it, on its GPUs and of its requests, have been reported; all that
+        waits behind moves with it, on all its GPUs alike.
+        """
+        gpu_end_s: dict[int, float] = {}
+        request_end_s: dict[str, float] = {}
+        expected = []
+        for assignment in self.running:
+            before = [gpu_end_s[gpu] for gpu in assignment.gpus if gpu in gpu_end_s]
+            before += [request_end_s[i] for i in assignment.request_ids if i in request_end_s]
+            start_s = max(before) if before else self._began_s.setdefault(assignment.seq, now_s)
+            end_s = max(now_s, start_s + assignment.end_s - assignment.start_s)
+            gpu_end_s.update(dict.fromkeys(assignment.gpus, end_s))
+            request_end_s.update(dict.fromkeys(assignment.request_ids, end_s))
+            expected.append((assignment, start_s, end_s))
+        return expected
+
     def predicted_drain_s(self, now_s: float) -> float:
         """Seconds until the open requests are done if all GPUs share them at their cheapest degree."""
         alive = [free for free in self._free_at_s if free < math.inf] or [math.inf]
@@ -435,27 +454,14 @@ class RoundScheduler:
                 request.planned_end_s = end_s[job.id] if complete else None
 
     def _predict(self, now_s: float) -> None:
-        """Bring `free_at_s` of the GPUs and `ready_s` of the requests up to date with what is known now.
-
-        A range begins when the ranges before it, on its GPUs and of its requests, have been reported; all that
-        waits behind moves with it, on all its GPUs alike.
-        """
-        gpu_end_s: dict[int, float] = {}
-        request_end_s: dict[str, float] = {}
-        for seq in sorted(self._running):
-            assignment = self._running[seq]
-            before = [gpu_end_s[gpu] for gpu in assignment.gpus if gpu in gpu_end_s]
-            before += [request_end_s[i] for i in assignment.request_ids if i in request_end_s]
-            start_s = max(before) if before else self._began_s.setdefault(seq, now_s)
-            end_s = max(now_s, start_s + assignment.end_s - assignment.start_s)
-            gpu_end_s.update(dict.fromkeys(assignment.gpus, end_s))
-            request_end_s.update(dict.fromkeys(assignment.request_ids, end_s))
-        for gpu, end_s in gpu_end_s.items():
-            if self._free_at_s[gpu] < math.inf:
-                self._free_at_s[gpu] = end_s
-        for request_id, end_s in request_end_s.items():
-            if request_id in self._open:
-                self._open[request_id].ready_s = end_s
+        """Bring `free_at_s` of the GPUs and `ready_s` of the requests up to date with what is known now."""
+        for assignment, _, end_s in self.expected(now_s):  # the last one of a GPU or a request counts
+            for gpu in assignment.gpus:
+                if self._free_at_s[gpu] < math.inf:
+                    self._free_at_s[gpu] = end_s
+            for request_id in assignment.request_ids:
+                if request_id in self._open:
+                    self._open[request_id].ready_s = end_s
 
     def _commit_entry(self, entry: Entry, now_s: float) -> Assignment | None:
         request = self._open.get(entry.job_id)
