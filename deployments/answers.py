@@ -195,6 +195,7 @@ class CellBoard(_Answer):
 
     cell: int
     now_s: float
+    from_s: float = Field(description="What was before is not known, or too much.")
     gpus: list[Literal["ready", "lost", "cordoned"]]
     ranges: list[BoardRange]
     requests: list[BoardRequest]

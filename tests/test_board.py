@@ -83,6 +83,7 @@ def test_the_board_shows_ranges_degrees_deadlines_and_rounds() -> None:
     assert all(row["late"] == (row["request"] != b["request"]) for row in board["ranges"])
     assert (c["outcome"], c["deadline_s"], c["steps"], a["steps_done"]) == ("open", -3.0, 8, 6)
     assert len({row["colour"] for row in (a, b, c)}) == 3
+    assert board["from_s"] == -30
     assert (board["gpus"], board["rounds_s"]) == (["ready", "lost"], [-5.0, -2.0])
     assert (board["open_requests"], board["waiting_requests"]) == (1, 0)
     minute = board["rates"][0]
@@ -156,6 +157,7 @@ def test_a_full_board_is_small_and_says_what_it_leaves_out() -> None:
     assert len(board["ranges"]) + board["left_out"]["ranges"] == 15_000
     assert sum(row["outcome"] == "open" for row in board["requests"]) == 500
     assert board["left_out"]["rounds"] > 0
+    assert -30 < board["from_s"] == board["ranges"][0]["start_s"]
     newest_s = max(row["start_s"] for row in board["ranges"])
     assert newest_s == pytest.approx(-30 + 29.99 + 3 / 7, abs=0.01)
 

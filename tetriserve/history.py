@@ -148,7 +148,8 @@ class History:
     def board(
         self, now_s: float, seconds: float, owner: str | None, ahead: Sequence[Run], states: Sequence[str]
     ) -> dict[str, Any]:
-        """The live board, ready for JSON. Times in it are seconds from `now_s`, so the past is negative.
+        """The live board, ready for JSON. Times in it are seconds from `now_s`, so the past is negative; nothing is
+        left out after `from_s` but what is too narrow.
 
         Args:
             seconds: how far back.
@@ -158,7 +159,11 @@ class History:
         finest_s = seconds * FINEST
         past = (run for run in self._runs if run.execution.end_s > now_s - seconds)
         merged = self._merged(past, "done", finest_s, now_s, owner)
-        ranges = [row for row in merged if row["end_s"] - row["start_s"] >= finest_s][-SHOWN_RANGES:]
+        wide = [row for row in merged if row["end_s"] - row["start_s"] >= finest_s]
+        ranges = wide[-SHOWN_RANGES:]
+        whole_from_s = max(-seconds, self._start_s - now_s)
+        if len(ranges) < len(wide):
+            whole_from_s = max(whole_from_s, ranges[0]["start_s"])
         for run in ahead:
             state = "running" if run.execution.start_s < now_s else "planned"
             ranges += self._merged([run], state, finest_s, now_s, owner)
@@ -170,6 +175,7 @@ class History:
         rounds_s = sorted({round(boundary_s, 3) for boundary_s in rounds_s})
         return {
             "now_s": now_s,
+            "from_s": round(whole_from_s, 3),
             "gpus": list(states),
             "ranges": ranges,
             "requests": [_request_row(request, now_s) for request in shown[:SHOWN_REQUESTS]],

@@ -9,6 +9,7 @@ const CELL_GAP_PX = 14;
 const BOARD_PX = 340; // what the lanes share, between a smallest and a largest lane
 const LANE_PX = [9, 46];
 const LABEL_PX = 11;
+const DEADLINE_LINES = 40; // more of them are a thicket
 const JUMP_S = 0.25; // the clocks drifted, or a reply was late: do not smooth
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -46,6 +47,7 @@ export class Board {
 
   freeze() {
     this.frozen_s ??= performance.now() / 1000;
+    this.canvas.classList.add("old");
     this.changed = true;
   }
 
@@ -55,14 +57,16 @@ export class Board {
     const before = this.lanes.length;
     this.data = data;
     this.frozen_s = null;
+    this.canvas.classList.remove("old");
     this.rectangles = [];
     this.marks = { deadlines: [], rounds: [] };
     this.lanes = data.cells.flatMap((cell, place) =>
-      cell.gpus.map((state, gpu) => ({ cell: cell.cell, place, gpu, state })),
+      cell.gpus.map((state, gpu) => ({ cell: cell.cell, place, gpu, state, from: 0 })),
     );
     let first = 0;
     for (const cell of data.cells) {
       const at = this.clock(cell);
+      for (const lane of this.lanes.slice(first, first + cell.gpus.length)) lane.from = at(cell.from_s);
       const requests = new Map(cell.requests.map((request) => [request.request, request]));
       for (const range of cell.ranges) {
         const rectangle = {
@@ -155,6 +159,7 @@ export class Board {
   theme() {
     const style = getComputedStyle(document.documentElement);
     const value = (name) => style.getPropertyValue(`--${name}`).trim();
+    this.font = `${LABEL_PX}px ${style.fontFamily}`;
     const names = ["text", "muted", "line", "lane", "accent", "busy"];
     this.colours = Object.fromEntries(names.map((name) => [name, value(name)]));
     this.fills = [];
@@ -199,7 +204,7 @@ export class Board {
     const pen = this.pen;
     pen.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
     pen.clearRect(0, 0, this.width, this.height);
-    pen.font = `${LABEL_PX}px ${getComputedStyle(this.canvas).fontFamily}`;
+    pen.font = this.font;
     pen.textBaseline = "middle";
     this.drawLanes();
     this.drawRounds();
@@ -213,13 +218,14 @@ export class Board {
     const pen = this.pen;
     const every = Math.ceil((LABEL_PX + 2) / this.lane_px);
     const cells = this.data.cells.length > 1;
-    this.lanes.forEach(({ cell, gpu, state }, lane) => {
+    this.lanes.forEach(({ cell, gpu, state, from }, lane) => {
       const y = this.y(lane);
+      const left = Math.max(GUTTER_PX, this.x(from)); // nothing is known of what was before
       pen.fillStyle = this.colours.lane;
-      pen.fillRect(GUTTER_PX, y + 0.5, this.width - GUTTER_PX, this.lane_px - 1);
+      pen.fillRect(left, y + 0.5, this.width - left, this.lane_px - 1);
       if (state !== "ready") {
         pen.fillStyle = this.lostHatch;
-        pen.fillRect(GUTTER_PX, y + 0.5, this.width - GUTTER_PX, this.lane_px - 1);
+        pen.fillRect(left, y + 0.5, this.width - left, this.lane_px - 1);
       }
       if (gpu % every === 0) {
         pen.fillStyle = this.colours.muted;
@@ -229,7 +235,7 @@ export class Board {
       if (state !== "ready" && this.lane_px > LABEL_PX) {
         pen.fillStyle = this.colours.text;
         pen.textAlign = "left";
-        pen.fillText(state, GUTTER_PX + 8, y + this.lane_px / 2);
+        pen.fillText(state, left + 8, y + this.lane_px / 2);
       }
     });
   }
@@ -315,18 +321,20 @@ export class Board {
 
   drawDeadlines() {
     const pen = this.pen;
-    for (const { at, colour, late } of this.marks.deadlines) {
+    const seen = this.marks.deadlines.filter(({ at }) => this.x(at) >= GUTTER_PX && this.x(at) <= this.width);
+    for (const { at, colour, late } of seen) {
       const x = this.x(at);
-      if (x < GUTTER_PX || x > this.width) continue;
       pen.fillStyle = pen.strokeStyle = this.fills[colour].edge;
-      pen.globalAlpha = 0.6;
-      pen.setLineDash([2, 3]);
-      pen.beginPath();
-      pen.moveTo(x, TOP_PX - 4);
-      pen.lineTo(x, this.height - BOTTOM_PX);
-      pen.stroke();
-      pen.setLineDash([]);
-      pen.globalAlpha = 1;
+      if (seen.length <= DEADLINE_LINES) {
+        pen.globalAlpha = 0.6;
+        pen.setLineDash([2, 3]);
+        pen.beginPath();
+        pen.moveTo(x, TOP_PX - 4);
+        pen.lineTo(x, this.height - BOTTOM_PX);
+        pen.stroke();
+        pen.setLineDash([]);
+        pen.globalAlpha = 1;
+      }
       pen.beginPath();
       pen.moveTo(x - 5, TOP_PX - 13);
       pen.lineTo(x + 5, TOP_PX - 13);

@@ -186,7 +186,8 @@ function account(metrics) {
     path.append(make("li", "", `${range.steps} ${range.steps === 1 ? "step" : "steps"} on ${gpus}`));
   }
   const more = [`seed ${metrics.seed}`];
-  if (metrics.lost.length) more.push(`${metrics.lost.length} ranges run again`);
+  const again = metrics.lost.length;
+  if (again) more.push(`${again} step ${again === 1 ? "range" : "ranges"} run again`);
   return [verdict, stages, path, make("p", "hint", more.join(", "))];
 }
 
