@@ -71,6 +71,9 @@ POLL_S = 0.05
 PLANS_KEPT = 1000
 """Decisions whose time is remembered for the status."""
 
+BOARD_AGE_S = 0.25
+"""How old a board may be when the next one asks for the same: many may look at once."""
+
 FALLBACK_POLICY = "edf"
 """A plain list schedule: no solver, done in milliseconds."""
 
@@ -93,6 +96,7 @@ class Scheduler:
         self._kept = Kept()
         self._meters = Meters(args.profile.all_shapes)
         self._history = History(args.cell.gpus, time.time())
+        self._boards: dict[tuple[float, str | None], tuple[float, dict[str, Any]]] = {}
         self._admission = Admission(
             args.scheduler.max_open_requests, args.scheduler.max_open_per_client, shared=args.http.has_keys
         )
@@ -651,6 +655,9 @@ class Scheduler:
     async def board(self, seconds: float, owner: str | None) -> dict[str, Any]:
         """`History.board`: the last `seconds` and what is committed, as `owner` may see it."""
         now_s, ahead_s = time.monotonic(), _unix_ahead_s()
+        self._boards = {who: kept for who, kept in self._boards.items() if now_s - kept[0] < BOARD_AGE_S}
+        if (seconds, owner) in self._boards:
+            return self._boards[seconds, owner][1]
         running = [] if self._failure else self._rounds.expected(now_s)
         runs = [
             Run(request_id, Execution(a.kind, a.steps, a.gpus, start_s + ahead_s, end_s + ahead_s))
@@ -663,7 +670,9 @@ class Scheduler:
             "cordoned" if gpu in cordoned else "lost" if gpu in lost else "ready"
             for gpu in range(len(self._fleet))
         ]
-        return self._history.board(now_s + ahead_s, seconds, owner, runs, states)
+        board = self._history.board(now_s + ahead_s, seconds, owner, runs, states)
+        self._boards[seconds, owner] = now_s, board
+        return board
 
     async def record(self, seconds: float, owner: str | None) -> dict[str, Any]:
         """`History.record`: the last `seconds` as `owner` may see them."""

@@ -215,10 +215,22 @@ class Wide:
         return Packing(tuple(entry(job) for job in snapshot.jobs))
 
 
+def test_use_of_the_gpus_is_that_of_the_window() -> None:
+    history = History(2, NOW_S - 1000)
+    run(history, "a", -90, -30.25, 0)  # half of it before the minute
+    run(history, "b", -400, -299.5, 0, 1)
+    arrive(history, "a")
+    minute, minutes = show(history, ahead=(Run("a", Execution("denoise", 1, (1,), NOW_S - 5, NOW_S + 5)),))[
+        "rates"
+    ]
+    assert minute["gpu_use"] == pytest.approx((29.75 + 5) / 120, abs=1e-3)
+    assert minutes["gpu_use"] == pytest.approx((59.75 + 1 + 5) / 600, abs=1e-3)
+
+
 def test_the_scheduler_says_what_it_committed_and_how_its_gpus_are() -> None:
     async def check() -> None:
         scheduler = Scheduler(AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}}), None)  # type: ignore[arg-type]
-        starting = await scheduler.board(30, None)
+        starting = await scheduler.board(10, None)
         assert starting["gpus"] == ["lost", "lost"] and starting["ranges"] == []
         scheduler._failure, scheduler._info = "", INFO
         scheduler._profile = LiveProfile(Profile("m", "d", "made up", (1, 2), {SMALL: {1: 0.5, 2: 0.3}}))
@@ -235,7 +247,7 @@ def test_the_scheduler_says_what_it_committed_and_how_its_gpus_are() -> None:
         assert (encode["request"], encode["kind"], encode["gpus"]) == (row["request"], "encode", [(0, 1)])
         assert board["open_requests"] == 1 and board["waiting_requests"] == 0
         await scheduler.cancel("r", "call")
-        assert (await scheduler.board(30, None))["open_requests"] == 0
+        assert (await scheduler.board(60, None))["open_requests"] == 0
         (gone,) = (await scheduler.record(30, None))["requests"]
         assert gone["finish_s"] is not None and not gone["met"]
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from live_server import Server, wait_until, write_config
@@ -79,7 +80,7 @@ def rectangles(page: Page) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_picture_comes_with_its_metrics_and_its_ranges_are_on_the_board(page: Page) -> None:
+def test_a_picture_comes_with_its_metrics_and_its_ranges_are_on_the_board(page: Page, server: Server) -> None:
     expect(page.locator("#model")).not_to_be_empty()
     card = generate(page, Size="256x256", Steps="4", Seed="7")
     expect(card.locator(".path")).to_contain_text("4 steps on GPU", timeout=ANSWER_MS)
@@ -93,6 +94,9 @@ def test_a_picture_comes_with_its_metrics_and_its_ranges_are_on_the_board(page: 
     expect(card.locator(".verdict")).to_contain_text("On time", timeout=ANSWER_MS)
     wait_until(lambda: {one["degree"] for one in rectangles(page) if one["kind"] == "denoise"} == {1, 2})
     assert not any(one["late"] for one in rectangles(page) if one["about"]["shape"] == "1024x1024")
+    trace = httpx.get(f"{server.url}/debug/timeline").json()["traceEvents"]
+    assert {event["args"]["degree"] for event in trace if event.get("cat") == "denoise"} == {1, 2}
+    assert {"plan", "round", "hand-off"} <= {event["name"] for event in trace}
     expect(page.locator("#slo-60-of")).to_have_text(re.compile("[1-9] of"))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import deque
+import math
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ MAX_PLANS = 20_000
 MAX_ENDED = 10_000
 """At most so many are kept, whatever their age."""
 
+BOARD_RUNS = 3000
 SHOWN_RANGES = 750
 SHOWN_REQUESTS = 500
 SHOWN_ROUNDS = 400
@@ -96,6 +98,7 @@ class History:
         self._runs: deque[Run] = deque(maxlen=MAX_RUNS)
         self._plans: deque[Plan] = deque(maxlen=MAX_PLANS)
         self._colours = itertools.cycle(range(COLOURS))
+        self._busy_s: defaultdict[int, float] = defaultdict(float)
         self._rates: list[dict[str, Any]] = []
         self._rated_s = float("-inf")
 
@@ -119,6 +122,9 @@ class History:
     def ran(self, request_id: str, execution: Execution) -> None:
         """A step range was run and counts."""
         self._runs.append(Run(request_id, execution))
+        for second in range(math.floor(execution.start_s), math.ceil(execution.end_s)):
+            share_s = min(execution.end_s, second + 1) - max(execution.start_s, second)
+            self._busy_s[second] += len(execution.gpus) * share_s
         request = self._requests.get(request_id)
         if request is not None and execution.kind == "denoise":
             done = request.steps_done + execution.steps
@@ -132,6 +138,8 @@ class History:
             self._runs.popleft()
         while self._plans and self._plans[0].start_s < now_s - KEPT_S:
             self._plans.popleft()
+        for second in [second for second in self._busy_s if second < now_s - KEPT_S]:
+            del self._busy_s[second]
         while len(self._ended) > MAX_ENDED or self._finish_s(self._ended[0]) < now_s - KEPT_S:
             del self._requests[self._ended.popleft()]
 
@@ -157,12 +165,15 @@ class History:
             states: "ready", "lost" or "cordoned" for each GPU.
         """
         finest_s = seconds * FINEST
-        past = (run for run in self._runs if run.execution.end_s > now_s - seconds)
-        merged = self._merged(past, "done", finest_s, now_s, owner)
+        # this runs where the plans are made, so its work is bounded too
+        newest = itertools.islice(reversed(self._runs), BOARD_RUNS)
+        past = [run for run in newest if run.execution.end_s > now_s - seconds]
+        older = len(self._runs) - BOARD_RUNS if len(past) == BOARD_RUNS else 0
+        merged = self._merged(reversed(past), "done", finest_s, now_s, owner)
         wide = [row for row in merged if row["end_s"] - row["start_s"] >= finest_s]
         ranges = wide[-SHOWN_RANGES:]
         whole_from_s = max(-seconds, self._start_s - now_s)
-        if len(ranges) < len(wide):
+        if older or len(ranges) < len(wide):
             whole_from_s = max(whole_from_s, ranges[0]["start_s"])
         for run in ahead:
             state = "running" if run.execution.start_s < now_s else "planned"
@@ -184,7 +195,7 @@ class History:
             "waiting_requests": len(opened.keys() - {run.request_id for run in ahead}),
             "rates": self._rates_at(now_s, ahead),
             "left_out": {
-                "ranges": len(merged) + len(ahead) - len(ranges),
+                "ranges": len(merged) + len(ahead) - len(ranges) + older,
                 "requests": max(0, len(shown) - SHOWN_REQUESTS),
                 "rounds": max(0, len(rounds_s) - SHOWN_ROUNDS),
             },
@@ -260,11 +271,14 @@ class History:
 
     def _rate(self, now_s: float, window_s: float, ahead: Sequence[Run]) -> dict[str, Any]:
         from_s = max(now_s - window_s, self._start_s)
-        busy_s = 0.0
-        for _, execution in itertools.chain(self._runs, ahead):
+        first = math.floor(from_s)
+        busy_s = self._busy_s.get(first, 0.0) * (first + 1 - from_s)
+        busy_s += sum(seconds for second, seconds in self._busy_s.items() if second > first)
+        for _, execution in ahead:
             seconds = min(execution.end_s, now_s) - max(execution.start_s, from_s)
             busy_s += len(execution.gpus) * max(0.0, seconds)
-        recent = [self._requests[i] for i in self._ended if self._finish_s(i) > now_s - window_s]
+        after = itertools.takewhile(lambda i: self._finish_s(i) > now_s - window_s, reversed(self._ended))
+        recent = [self._requests[request_id] for request_id in after]
         due = [r for r in recent if r.deadline_s is not None and r.outcome not in BLAMELESS]
         met = sum(request.outcome == "met" for request in due)
         return {

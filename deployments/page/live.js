@@ -40,10 +40,8 @@ export function startBoard() {
       if (error.status === 401) {
         say("key", "An API key is needed");
       } else {
-        const pause_ms = Math.min(PERIOD_MS * 2 ** failures, LONGEST_PAUSE_MS);
-        const what = error.status ? "Server not ready" : "Server away";
-        say("away", `${what}, trying again every ${Math.ceil(pause_ms / 1000)} s`);
-        again(pause_ms);
+        say("away", error.status ? "Server not ready, trying again" : "Server away, trying again");
+        again(Math.min(PERIOD_MS * 2 ** failures, LONGEST_PAUSE_MS));
       }
     } finally {
       clearTimeout(late);
@@ -131,8 +129,8 @@ function summaryOf({ cells }) {
   const late = sum(cells, (cell) => cell.requests.filter((r) => r.outcome === "open" && r.late).length);
   return [
     `${busy} of ${counts.gpus} GPUs are running steps`,
-    counts.gpus === counts.ready ? "" : `, ${counts.gpus - counts.ready} are lost or cordoned`,
-    `. ${counts.opened} requests are open, ${late} of them late.`,
-    minutes?.ended ? ` ${percent(minutes.met / minutes.ended)} were on time in the last 5 minutes.` : "",
+    counts.gpus === counts.ready ? "" : `, ${counts.gpus - counts.ready} lost or cordoned`,
+    `. Open requests: ${counts.opened}, late: ${late}.`,
+    minutes?.ended ? ` On time in the last 5 minutes: ${percent(minutes.met / minutes.ended)}.` : "",
   ].join("");
 }
