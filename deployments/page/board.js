@@ -258,7 +258,8 @@ export class Board {
     const now_px = this.x(this.now_s);
     for (const [left, top, width, height] of this.boxes(rectangle)) {
       const ran = Math.min(width, Math.max(0, now_px - left));
-      pen.fillStyle = fill;
+      const hasEdge = width > 3;
+      pen.fillStyle = hasEdge ? fill : edge; // a narrow one would hardly be seen
       pen.fillRect(left, top, ran, height);
       pen.globalAlpha = 0.45;
       pen.fillRect(left + ran, top, width - ran, height);
@@ -274,7 +275,7 @@ export class Board {
         pen.fillRect(from, 0, width * this.ratio, height * this.ratio);
         pen.restore();
       }
-      if (width > 3) {
+      if (hasEdge) {
         pen.strokeStyle = edge;
         pen.lineWidth = 1;
         pen.setLineDash(rectangle.state === "planned" ? [3, 3] : []);
