@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +25,7 @@ from deployments.entry import Entry, Kept, executed
 from deployments.fleet import Fleet
 from deployments.meters import Families, Meters
 from deployments.profiling import fitting_profile
+from deployments.recovery import Recovery
 from deployments.replica import boxed
 from solver.policies import make_policy
 from solver.problem import Packing, Phase, Snapshot
@@ -56,17 +57,9 @@ from tetriserve.scheduler import Assignment, RoundScheduler
 
 logger = logging.getLogger(__name__)
 
-LOSS_WINDOW_S = 600.0
-"""A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""
-
 MIN_DEADLY = 3
 """A request in so many of whose ranges a replica died, and in no fewer than `cell.max_losses`, is taken for the
 cause: it ends before it has taken every GPU of the cell with it."""
-
-JOIN_TIMEOUT_S = 900.0
-"""A new replica waits for the ranges that its partners are in; the health check ends those that hang."""
-
-POLL_S = 0.05
 
 PLANS_KEPT = 1000
 """Decisions whose time is remembered for the status."""
@@ -103,14 +96,19 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._failure = "starting"
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._last_report_s: list[float] = []
         self._policy = make_policy(args.scheduler.policy, time_limit_s=args.scheduler.solver_time_limit_s)
         self._fallback = make_policy(FALLBACK_POLICY)
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._planning: asyncio.Future[Packing] | None = None
-        self._lost: set[int] = set()
-        self._losses: dict[int, list[float]] = defaultdict(list)
-        self._joining = asyncio.Lock()
+        scheduler = args.scheduler
+        self._rounds = RoundScheduler(
+            self._policy,
+            args.cell.gpus,
+            round_s=scheduler.round_s,
+            min_round_s=scheduler.min_round_s,
+            lead_s=scheduler.lead_s,
+        )
+        self._recovery = Recovery(self._fleet, args.cell, self._rounds, self)
         self._plan_s: deque[float] = deque(maxlen=PLANS_KEPT)
         self.fallbacks = 0
 
@@ -122,17 +120,9 @@ class Scheduler:
         self._info = self._fleet.info
         profile = await fitting_profile(self._args, self._fleet)
         self._profile = LiveProfile(profile, follows=self._args.profile.correct)
-        scheduler = self._args.scheduler
-        self._rounds = RoundScheduler(
-            self._policy,
-            self._args.cell.gpus,
-            round_s=scheduler.round_s,
-            min_round_s=scheduler.min_round_s,
-            lead_s=scheduler.lead_s,
-        )
-        self._last_report_s = [time.monotonic()] * self._args.cell.gpus
+        self._recovery.reported(range(len(self._fleet)), time.monotonic())
         self._failure = ""
-        self._spawn(self._plan_forever())
+        self.spawn(self._plan_forever())
         logger.info("cell is ready: %s on %d x %s", self._info.name, len(self._fleet), self._fleet.device)
 
     # ---- requests -----------------------------------------------------------------------------------------
@@ -312,7 +302,7 @@ class Scheduler:
         self._wake.set()
 
     def _release(self, entry: Entry) -> None:
-        for gpu in entry.touched - self._lost:
+        for gpu in entry.touched - self._recovery.lost:
             self._fleet[gpu].release.remote(entry.id)
         entry.touched = set()
         entry.conditioning = entry.latents = entry.committed_latents = None
@@ -408,7 +398,7 @@ class Scheduler:
         entry.knows.update(assignment.gpus)
         entry.holders = set(assignment.gpus)
         collect = self._collect(entry, assignment, reports, produced, entry.last_range)
-        entry.last_range = self._spawn(collect)
+        entry.last_range = self.spawn(collect)
 
     async def _collect(
         self,
@@ -425,14 +415,16 @@ class Scheduler:
             await asyncio.wait([before])
         errors = [result for result in results if isinstance(result, BaseException)]
         members = set(assignment.gpus)
-        silent = await self._fleet.silent(members - self._lost) if errors and not entry.aborting else set()
+        lost = self._recovery.lost
+        silent = await self._fleet.silent(members - lost) if errors and not entry.aborting else set()
         # a lost GPU stays lost until its ranges are collected: this one was in flight on the old replica
-        gone = silent | (self._lost & members)
+        gone = silent | (lost & members)
         now_s = time.monotonic()
         entry.outstanding -= 1
         if errors or entry.aborting:
-            for gpu in silent:
-                self._lose(gpu)
+            if not self._failure:
+                for gpu in silent:
+                    self._recovery.lose(gpu)
             self._rounds.aborted(assignment.seq, now_s)
             short = [error for error in errors if isinstance(_cause(error), OutOfMemory)]
             if short and not entry.aborting and not self._widen(entry, assignment):
@@ -447,8 +439,7 @@ class Scheduler:
             else:
                 self._fail(entry, assignment, errors[0])
         else:
-            for gpu in assignment.gpus:
-                self._last_report_s[gpu] = now_s
+            self._recovery.reported(assignment.gpus, now_s)
             if assignment.kind != "decode":
                 entry.committed_latents = produced[-1]
             complete = self._rounds.finished(assignment.seq, now_s)
@@ -486,7 +477,7 @@ class Scheduler:
     def _widen(self, entry: Entry, assignment: Assignment) -> bool:
         """After a range that ran out of memory: go on at a higher degree. False when there is none."""
         widened = assignment.kind == "denoise" and self._rounds.widened(
-            entry.id, assignment.degree, self._usable_gpus()
+            entry.id, assignment.degree, self._recovery.usable
         )
         if widened:
             logger.warning(
@@ -509,65 +500,25 @@ class Scheduler:
 
     # ---- lost GPUs ----------------------------------------------------------------------------------------
 
-    def _lose(self, gpu: int) -> None:
-        """A replica is gone: take its GPU off the board and have it replaced; the others go on."""
-        if gpu in self._lost or self._failure:
-            return
-        logger.error("GPU replica %d is lost", gpu)
+    def on_lost(self, gpu: int) -> None:
         self._meters.lost_gpu(gpu)
-        self._lost.add(gpu)
         # what stands behind it in the queue has nothing to do with it
         if first := next((a for a in self._rounds.running if gpu in a.gpus), None):
             for request_id in first.request_ids:
                 if request_id in self._entries:
                     self._entries[request_id].deadly.add(first.seq)
-        self._rounds.gpu_lost(gpu)
         for entry in self._entries.values():
             entry.knows.discard(gpu)
             entry.holders.discard(gpu)
-        self._spawn(self._recover(gpu))
 
-    async def _recover(self, gpu: int) -> None:
-        """Replace a lost replica. After too many losses the GPU is cordoned: it stays off the board."""
-        while True:
-            now_s = time.monotonic()
-            self._losses[gpu] = [t for t in self._losses[gpu] if now_s - t < LOSS_WINDOW_S] + [now_s]
-            if gpu in self._cordoned():
-                logger.error("GPU %d was lost %d times: it is cordoned", gpu, len(self._losses[gpu]))
-                if len(self._lost) == len(self._fleet):
-                    self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
-                self._strand()
-                return
-            try:
-                await self._fleet.replace(gpu)
-                async with self._joining:
-                    others = set(range(len(self._fleet))) - self._lost
-                    await asyncio.wait_for(self._fleet.rejoin(gpu, others), JOIN_TIMEOUT_S)
-                    while any(gpu in assignment.gpus for assignment in self._rounds.running):
-                        await asyncio.sleep(POLL_S)  # calls to the old replica are failing right now
-                    self._back(gpu)
-                return
-            except Exception as error:
-                logger.error("GPU replica %d could not be replaced: %r", gpu, error)
-
-    def _back(self, gpu: int) -> None:
-        self._lost.discard(gpu)
-        self._rounds.gpu_back(gpu, time.monotonic())
-        self._last_report_s[gpu] = time.monotonic()
-        logger.info("GPU replica %d is back", gpu)
+    def on_back(self, gpu: int) -> None:
         self._wake.set()
 
-    def _cordoned(self) -> tuple[int, ...]:
-        """GPUs left out for good."""
-        most = self._args.cell.max_losses
-        return tuple(gpu for gpu in range(len(self._fleet)) if len(self._losses[gpu]) > most)
-
-    def _usable_gpus(self) -> int:
-        return len(self._fleet) - len(self._cordoned())
-
-    def _strand(self) -> None:
-        """End the requests that need more GPUs than there will be."""
-        n_gpus = self._usable_gpus()
+    def on_cordoned(self, gpu: int) -> None:
+        """End the requests that need more GPUs than there will be; all of them when none is left."""
+        n_gpus = self._recovery.usable
+        if len(self._recovery.lost) == len(self._fleet):
+            self._fail_cell(f"no GPU is left, the last one to fail was {gpu}")
         for request_id in self._rounds.stranded(n_gpus):
             message = f"its memory needs a higher degree, but {n_gpus} GPUs are left"
             self._end(self._entries[request_id], OutOfMemory(message))
@@ -586,44 +537,22 @@ class Scheduler:
     async def check_health(self) -> None:
         """Raise when the cell is broken: no GPU is left, planning ended, or steps stopped advancing.
 
-        A replica that stands still is ended here, and replaced like a dead one; so is one that died idle, or that
-        keeps a new one from joining.
+        Replicas that died or stand still are found here and replaced.
         """
         if not self._failure:
-            busy = {gpu for assignment in self._rounds.running for gpu in assignment.gpus}
-            idle = set(range(len(self._fleet))) - busy - self._lost
-            gone = await (self._fleet.silent(idle) if self._joining.locked() else self._fleet.dead(idle))
-            for gpu in gone:
-                self._lose(gpu)
-            await self._watch(time.monotonic())
+            await self._recovery.look(time.monotonic())
+            self._check_planning(time.monotonic())
         if self._failure and self._failure != "starting":
             raise RuntimeError(self._failure)
 
-    async def _watch(self, now_s: float) -> None:
-        cell, running = self._args.cell, self._rounds.running
-        if not running:
-            waiting = [now_s - entry.arrival_s - entry.request.waited_s for entry in self._entries.values()]
-            idle_s = min([now_s - max(self._last_report_s), *waiting])
-            if waiting and not self._lost and idle_s > cell.step_timeout_floor_s:
-                self._fail_cell(f"nothing was planned for {idle_s:.0f} s while requests wait")
+    def _check_planning(self, now_s: float) -> None:
+        """With all GPUs there and requests waiting something has to be on the board."""
+        if self._rounds.running or self._recovery.lost or not self._entries:
             return
-        longest_s = max(a.end_s - a.start_s for a in running)
-        limit_s = max(cell.step_timeout_floor_s, cell.step_timeout_factor * longest_s)
-        for gpu in sorted({gpu for a in running for gpu in a.gpus} - self._lost):
-            first = next(a for a in running if gpu in a.gpus)
-            since_s = now_s - max(self._last_report_s[gpu], first.start_s)
-            if since_s > cell.step_timeout_floor_s:
-                # one that still answers may only be slow, and others compute with it: it gets longer,
-                # unless a member is dead, for then this range never ends
-                members = set(first.gpus) - self._lost
-                states = await self._fleet.states(members)
-                hopeless = since_s > limit_s or "dead" in states.values()
-                stuck = members if hopeless else {gpu for gpu in members if states[gpu] == "silent"}
-                if stuck:
-                    logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
-                for member in stuck:
-                    self._fleet.kill(member)
-                    self._last_report_s[member] = now_s
+        waiting = [now_s - entry.arrival_s - entry.request.waited_s for entry in self._entries.values()]
+        idle_s = min([now_s - self._recovery.last_report_s, *waiting])
+        if idle_s > self._args.cell.step_timeout_floor_s:
+            self._fail_cell(f"nothing was planned for {idle_s:.0f} s while requests wait")
 
     async def status(self) -> CellStatus:
         gpus = self._args.cell.gpus
@@ -632,14 +561,14 @@ class Scheduler:
             ready=not failed,
             reason=self._failure,
             gpus=gpus,
-            gpus_ready=0 if failed else gpus - len(self._lost),
+            gpus_ready=0 if failed else gpus - len(self._recovery.lost),
             open_requests=len(self._entries),
             running=0 if failed else len(self._rounds.running),
             policy=self._policy.name,
             plan_ms_p50=1000 * _quantile(self._plan_s, 0.5),
             plan_ms_p99=1000 * _quantile(self._plan_s, 0.99),
             fallbacks=self.fallbacks,
-            cordoned=self._cordoned(),
+            cordoned=self._recovery.cordoned,
             held=sum(self._fleet.held),
         )
 
@@ -664,8 +593,8 @@ class Scheduler:
             for a, start_s, end_s in running
             for request_id in a.request_ids
         ]
-        cordoned = self._cordoned()
-        lost = self._lost if not self._failure else range(len(self._fleet))
+        cordoned = self._recovery.cordoned
+        lost = self._recovery.lost if not self._failure else range(len(self._fleet))
         states = [
             "cordoned" if gpu in cordoned else "lost" if gpu in lost else "ready"
             for gpu in range(len(self._fleet))
@@ -681,7 +610,7 @@ class Scheduler:
     async def model_info(self) -> ModelInfo:
         return self._info
 
-    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
+    def spawn(self, coroutine: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)

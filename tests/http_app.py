@@ -15,7 +15,8 @@ import numpy as np
 import uvicorn
 
 from deployments.config import AppArgs
-from deployments.ingress import Ingress, build_http
+from deployments.http import build_http
+from deployments.ingress import Ingress
 from deployments.meters import Families
 from deployments.pictures import Pictures
 from tetriserve.history import History

@@ -235,7 +235,7 @@ def test_the_scheduler_says_what_it_committed_and_how_its_gpus_are() -> None:
         scheduler._failure, scheduler._info = "", INFO
         scheduler._profile = LiveProfile(Profile("m", "d", "made up", (1, 2), {SMALL: {1: 0.5, 2: 0.3}}))
         scheduler._rounds = RoundScheduler(Wide(), 2)
-        scheduler._lost = {1}
+        scheduler._recovery.lost = {1}
         request = GenerateRequest("a cat", 256, 256, 4, seed=0, request_id="r", slo_s=60.0)
         scheduler._join(request, "call")
         scheduler._rounds.plan(time.monotonic())

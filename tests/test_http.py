@@ -28,7 +28,8 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api import ImageRequest
-from deployments.ingress import MAX_RESUBMISSIONS, build_http
+from deployments.http import build_http
+from deployments.ingress import MAX_RESUBMISSIONS
 from tetriserve import errors
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 
@@ -603,9 +604,7 @@ def test_no_bytes_are_a_server_error(body: bytes) -> None:
 
 def test_ingress_process_stays_light() -> None:
     """The front must not pay for torch: memory, and seconds at every start of a replica."""
-    script = (
-        "import deployments.ingress, sys; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
-    )
+    script = "import deployments.http, sys; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -19,7 +19,7 @@ from PIL import Image
 from ray.exceptions import ActorDiedError
 
 from deployments import events
-from deployments.ingress import build_http
+from deployments.http import build_http
 from tetriserve import errors
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from schemathesis.config import SchemathesisConfig
 
-from deployments.ingress import build_http
+from deployments.http import build_http
 
 CASES = int(os.environ.get("TETRISERVE_FUZZ_CASES", "60"))
 KEY = "fuzzing-key-0123456789"

@@ -1,0 +1,380 @@
+"""HTTP in OpenAI's form over an ingress: which route leads where, and how requests, answers and errors look there."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import hashlib
+import secrets
+import time
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+
+from deployments import answers
+from deployments.api import (
+    ImageRequest,
+    as_tetriserve_error,
+    describe_error,
+    error_body,
+    image_response,
+    model_body,
+    picture_ids,
+    result_headers,
+)
+from deployments.events import EventResponse, events, newest
+from deployments.ingress import Ingress, translate, why_not_ready
+from deployments.keys import check_key
+from deployments.meters import exposition
+from deployments.pictures import Picture, encode_image
+from tetriserve import __version__
+from tetriserve.errors import GenerationFailed, InvalidRequest, NotFound, NotReady, TetriserveError
+from tetriserve.history import KEPT_S
+from tetriserve.request import GenerateRequest, GenerateResult, Progress
+from tetriserve.timeline import timeline
+
+STORE_TIMEOUT_S = 10.0
+
+MAX_KEY_CHARS = 255
+
+IDEMPOTENCY_KEY: dict[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
+}
+
+BoardSeconds = Annotated[int, Query(ge=1, le=300, description="How far back.")]
+TimelineSeconds = Annotated[int, Query(ge=1, le=int(KEPT_S), description="How far back.")]
+
+PAGE = StaticFiles(directory=Path(__file__).parent / "page")
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",  # a browser asks every time, with the ETag, whether it is still the same
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+class Endpoints:
+    """Turns HTTP requests into calls of the ingress and what comes back into responses."""
+
+    def __init__(self, ingress: Ingress) -> None:
+        self._ingress = ingress
+        self._args = ingress.args
+        self._pictures = ingress.pictures
+        self._keys = ingress.keys
+        self._started_s = int(time.time())
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self._keys)
+
+    async def authorize(self, http: Request) -> None:
+        """Let those with an API key in, everybody where none are configured; remember who it is."""
+        http.state.client = None
+        if self._keys:
+            http.state.client = check_key(self._keys, http.headers.get("authorization", ""))
+
+    async def post_images(self, http: Request) -> Response:
+        """`POST /v1/images/generations`."""
+        body = await _read_body(http, self._args.http.max_body_bytes)
+        request = ImageRequest.parse(body, self._args.http.max_n)
+        response_id, requests = self._identified(request, http)
+        requests = [dataclasses.replace(one, client=http.state.client) for one in requests]
+        if request.stream:
+            return await self._streamed_images(request, response_id, requests)
+        results = await self._generate_all(requests)
+        encoded = await asyncio.gather(
+            *(
+                asyncio.to_thread(encode_image, result.image, request.output_format, request.quality)
+                for result in results
+            )
+        )
+        if request.response_format == "url":
+            urls = await self._keep(results, encoded, f"image/{request.output_format}", str(http.base_url))
+            pictures = [{"url": url} for url in urls]
+        else:
+            pictures = [{"b64_json": base64.b64encode(content).decode()} for content in encoded]
+        slowest = max(results, key=lambda result: result.metrics.total_s)
+        answer = image_response(request, response_id, results, slowest, pictures)
+        return JSONResponse(answer, headers=result_headers(response_id, slowest.metrics))
+
+    async def _streamed_images(
+        self, request: ImageRequest, response_id: str, requests: list[GenerateRequest]
+    ) -> EventResponse:
+        """Events, once there are any: what goes wrong before them is answered without a stream."""
+        start_s = time.monotonic()
+        news = newest([self._ingress.stream(one) for one in requests])
+        first = await anext(news)
+        headers = {"X-Request-Id": response_id}
+        if requests[0].slo_s is not None:
+            headers["X-SLO-S"] = f"{requests[0].slo_s:.6g}"
+        if isinstance(first[1], Progress) and first[1].predicted_finish_s is not None:
+            finish_s = time.monotonic() - start_s + first[1].predicted_finish_s
+            headers["X-Predicted-Finish-S"] = f"{finish_s:.6g}"
+        return EventResponse(news, events(request, response_id, requests, first, news), headers)
+
+    async def _keep(
+        self, results: list[GenerateResult], encoded: list[bytes], media_type: str, base_url: str
+    ) -> list[str]:
+        """URLs of pictures; each is its own permission, which nobody can guess."""
+        limit, size = self._args.http.url_max_bytes, sum(map(len, encoded))
+        if size > limit:
+            raise InvalidRequest(
+                "response_format", f"{size} bytes of pictures, `url` holds {limit}: ask for b64_json"
+            )
+        urls = []
+        for result, content in zip(results, encoded, strict=True):
+            token = secrets.token_urlsafe()
+            await self._stored(
+                self._pictures.keep.remote(result.request_id, token, Picture(content, media_type))
+            )
+            base = (self._args.http.public_url or base_url).rstrip("/")
+            urls.append(f"{base}/v1/images/{result.request_id}/content?token={token}")
+        return urls
+
+    async def _stored(self, call: Any) -> Any:
+        """What the picture store answers. Raises `NotReady` when it does not."""
+        try:
+            return await asyncio.wait_for(call, STORE_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise NotReady("the store of pictures does not answer") from None
+        except Exception as error:
+            raise translate(error) from error
+
+    async def get_picture(self, picture_id: str, token: str = "") -> Response:
+        """`GET /v1/images/{id}/content`: the picture of a `url` result."""
+        picture: Picture | None = await self._stored(self._pictures.get.remote(picture_id, token))
+        if picture is None:
+            raise NotFound("token", "no picture has this URL, or it has expired")
+        return Response(picture.content, media_type=picture.media_type, headers={"Cache-Control": "private"})
+
+    def _identified(self, request: ImageRequest, http: Request) -> tuple[str, list[GenerateRequest]]:
+        """The id of the response and its requests. An `Idempotency-Key` makes both, and a missing seed, its own.
+
+        So a repeated POST finds what it asked for, and where no cell remembers it gets an equal picture.
+        """
+        response_id, seed = _keyed(http)
+        if response_id is None:
+            response_id = f"img_{uuid.uuid4().hex}"
+            return response_id, request.generate_requests(response_id)
+        if request.seed is None:
+            request = request.model_copy(update={"seed": seed})
+        requests = request.generate_requests(response_id)
+        return response_id, [dataclasses.replace(one, repeatable=True) for one in requests]
+
+    async def delete_images(self, http: Request) -> JSONResponse:
+        """`DELETE /v1/images/generations`: cancel what was posted under an `Idempotency-Key`, or forget it."""
+        response_id, _ = _keyed(http)
+        if response_id is None:
+            raise InvalidRequest("Idempotency-Key", "required: it says which request to cancel")
+        ids = {response_id, *picture_ids(response_id, self._args.http.max_n)}
+        if not await self._ingress.delete(*ids):
+            raise NotFound("Idempotency-Key", "no request under this key is running or kept")
+        return JSONResponse({"id": response_id, "object": "image.generation.deleted", "deleted": True})
+
+    async def get_models(self) -> JSONResponse:
+        """`GET /v1/models`."""
+        info = await self._ingress.model_info()
+        return JSONResponse({"object": "list", "data": [model_body(info, self._started_s)]})
+
+    async def get_model(self, model_id: str) -> JSONResponse:
+        """`GET /v1/models/{id}`."""
+        return JSONResponse(model_body(await self._ingress.model_named(model_id), self._started_s))
+
+    async def get_model_info(self) -> JSONResponse:
+        """`GET /v1/model_info`: name, task and limits of the model."""
+        return JSONResponse({"task": "image", **dataclasses.asdict(await self._ingress.model_info())})
+
+    async def get_metrics(self) -> Response:
+        """`GET /metrics`: every cell that answers, as Prometheus reads it."""
+        return Response(exposition(await self._ingress.numbered("metrics")), media_type=CONTENT_TYPE_LATEST)
+
+    async def get_board(self, http: Request, seconds: BoardSeconds = 30) -> JSONResponse:
+        """`GET /v1/board`: GPU x time of every cell that answers, as the owner of the key may see it."""
+        cells = await self._ingress.numbered("board", seconds, http.state.client)
+        return JSONResponse({"seconds": seconds, "cells": [{"cell": cell, **board} for cell, board in cells]})
+
+    async def get_timeline(self, http: Request, seconds: TimelineSeconds = 60) -> JSONResponse:
+        """`GET /debug/timeline`: the same past as trace events, for ui.perfetto.dev."""
+        cells = await self._ingress.numbered("record", seconds, http.state.client)
+        # tens of thousands of events
+        return JSONResponse(await asyncio.to_thread(timeline, dict(cells)))
+
+    async def get_page(self, http: Request, name: str = "index.html") -> Response:
+        """`GET /` and `GET /page/{name}`: the form and the live board. They need no key, their data does."""
+        response = await PAGE.get_response(name, http.scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+    async def get_profile(self) -> JSONResponse:
+        """`GET /v1/profile`: step times of a cell, corrected by what it measured, in the profile contract's form."""
+        return JSONResponse((await self._ingress.profile()).to_body())
+
+    async def get_health(self) -> JSONResponse:
+        """`GET /health`: 200 when a cell can run steps."""
+        try:
+            statuses, reason = await self._ingress.statuses(), ""
+        except TetriserveError as error:
+            statuses, reason = [], error.message
+        ready = any(status.ready for status in statuses)
+        body = {
+            "status": "ready" if ready else "not_ready",
+            "reason": "" if ready else reason or why_not_ready(statuses),
+            "cells": [dataclasses.asdict(status) for status in statuses],
+        }
+        headers = {} if ready else {"Retry-After": "1"}
+        return JSONResponse(body, status_code=200 if ready else 503, headers=headers)
+
+    async def _generate_all(self, requests: list[GenerateRequest]) -> list[GenerateResult]:
+        """All pictures of one HTTP request at once. The first failure cancels the others."""
+        tasks = [asyncio.create_task(self._ingress.generate(request)) for request in requests]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            failed = [task for task in tasks if task.done() and (task.cancelled() or task.exception())]
+            if failed and failed[0].cancelled():  # not by us: the client still waits for an answer
+                raise GenerationFailed("the cell was stopped while it worked on this request")
+            return [task.result() for task in failed or tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def build_http(ingress: Ingress) -> FastAPI:
+    """The HTTP app over one ingress; every error leaves it in OpenAI's shape."""
+    endpoints = Endpoints(ingress)
+    app = FastAPI(
+        title="tetriserve", version=__version__, generate_unique_id_function=lambda route: route.name
+    )
+    keyed = [Depends(endpoints.authorize)]
+    if endpoints.has_keys:  # only to say so in the document
+        keyed.append(Depends(HTTPBearer(auto_error=False)))
+    schema = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
+    app.add_api_route(
+        "/v1/images/generations",
+        endpoints.post_images,
+        methods=["POST"],
+        response_model=None,
+        openapi_extra={"requestBody": schema, "parameters": [IDEMPOTENCY_KEY]},
+        dependencies=keyed,
+        responses=answers.IMAGES,
+    )
+    app.add_api_route(
+        "/v1/images/generations",
+        endpoints.delete_images,
+        methods=["DELETE"],
+        response_model=None,
+        openapi_extra={"parameters": [IDEMPOTENCY_KEY | {"required": True}]},
+        dependencies=keyed,
+        responses=answers.DELETED,
+    )
+    for path, endpoint, responses in (
+        ("/v1/models", endpoints.get_models, answers.MODELS),
+        ("/v1/models/{model_id:path}", endpoints.get_model, answers.MODEL),
+        ("/v1/model_info", endpoints.get_model_info, answers.MODEL_INFO),
+        ("/v1/profile", endpoints.get_profile, answers.PROFILE),
+        ("/v1/board", endpoints.get_board, answers.BOARD),
+        ("/debug/timeline", endpoints.get_timeline, answers.TIMELINE),
+    ):
+        app.add_api_route(
+            path, endpoint, methods=["GET"], response_model=None, dependencies=keyed, responses=responses
+        )
+    app.add_api_route(
+        "/metrics",
+        endpoints.get_metrics,
+        methods=["GET"],
+        response_class=Response,
+        response_model=None,
+        dependencies=keyed,
+        responses=answers.METRICS,
+    )
+    # browsers ask for a picture without a key: its URL is the permission
+    app.add_api_route(
+        "/v1/images/{picture_id}/content",
+        endpoints.get_picture,
+        methods=["GET"],
+        response_class=Response,
+        response_model=None,
+        responses=answers.PICTURE,
+    )
+    for path in ("/", "/page/{name}"):
+        app.add_api_route(path, endpoints.get_page, methods=["GET", "HEAD"], include_in_schema=False)
+    # load balancers ask without a key; it says how the cells are, not what they do
+    app.add_api_route(
+        "/health", endpoints.get_health, methods=["GET"], response_model=None, responses=answers.HEALTH
+    )
+    app.add_exception_handler(TetriserveError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_wrong_parameter)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_error)
+    return app
+
+
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
+    status, body, headers = describe_error(as_tetriserve_error(error))
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def _on_wrong_parameter(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return await _on_error(http, InvalidRequest(str(first["loc"][-1]), first["msg"]))
+
+
+async def _on_http_error(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message, headers = error.detail, error.headers
+    if error.status_code == 404:
+        message = f"no route {http.url.path}"
+    elif error.status_code == 405:
+        message = f"{http.method} is not allowed on {http.url.path}"
+        # Starlette names only the methods of the first of a path's routes
+        routes = [route for route in http.app.routes if route.matches(http.scope)[0] is not Match.NONE]
+        headers = {"Allow": ", ".join(sorted({method for route in routes for method in route.methods}))}
+    body = error_body(message, "invalid_request_error", HTTP_CODES.get(error.status_code, "bad_request"))
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _keyed(http: Request) -> tuple[str | None, int]:
+    """(id of the response, seed) that belong to the `Idempotency-Key` of a request; (None, 0) without one."""
+    key = http.headers.get("idempotency-key")
+    if key is None:
+        return None, 0
+    if not 0 < len(key) <= MAX_KEY_CHARS:
+        raise InvalidRequest("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
+    # the keys of one client mean nothing to another
+    client = http.headers.get("authorization", "")
+    digest = hashlib.sha256(f"{client}\n{key}".encode()).hexdigest()
+    return f"img_{digest[:32]}", int(digest[32:39], 16)
+
+
+async def _read_body(http: Request, limit: int) -> bytes:
+    """The whole body. Stops reading at `limit` bytes, whatever the Content-Length header claims."""
+    too_large = HTTPException(413, f"the body is larger than {limit} bytes")
+    claimed = http.headers.get("content-length", "")
+    if claimed.isdecimal() and int(claimed[:20]) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_large
+    except ClientDisconnect:
+        raise InvalidRequest("body", "the client went away while sending it") from None
+    return bytes(body)
