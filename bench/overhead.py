@@ -34,7 +34,7 @@ PROMPT = "a small red circle above a large blue square"
 
 def plain_pipeline(model: dict[str, Any], device: str) -> Any:
     """The pipeline as anyone would load it."""
-    folder = embedded_folder() if model["path"] == EMBEDDED else model["path"]
+    folder = embedded_folder(model["path"]) if model["path"] in EMBEDDED else model["path"]
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, model["dtype"])).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -25,7 +25,8 @@ class ModelArgs(_Section):
     path: str = Field(
         "embedded",
         min_length=1,
-        description='A diffusers model folder, a hub id, or "embedded" for the small model made on first use.',
+        description='A diffusers model folder, a hub id, or "embedded" (or "embedded-light") for the small model '
+        "that comes with the package.",
     )
     name: str | None = Field(None, description="Served name; default: the last part of the path.")
     revision: str | None = Field(None, description="Hub revision, passed to from_pretrained.")

@@ -28,6 +28,7 @@ from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDep
 
 from deployments.config import AppArgs
 from tetriserve.errors import ConfigError, TetriserveError
+from tetriserve.models.embedded import EMBEDDED
 
 IMPORT_PATH = "deployments.app:build"
 POLL_S = 0.3
@@ -95,7 +96,7 @@ def _refuse_unknown(path: str, prefix: str, body: dict[str, Any], schema: Any) -
 def check_machine(args: AppArgs) -> None:
     """Raise `ConfigError` for what can be known to fail here before anything is started."""
     model = args.model.path
-    if model != "embedded":
+    if model not in EMBEDDED:
         is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", model)
         if Path(model).is_dir():
             if not (Path(model) / "model_index.json").is_file():

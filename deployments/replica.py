@@ -129,7 +129,7 @@ class GPUReplica:
         from tetriserve.engine.engine import Engine
         from tetriserve.engine.groups import GroupTable
         from tetriserve.models.adapter import ModelLimits
-        from tetriserve.models.embedded import EMBEDDED
+        from tetriserve.models.embedded import DESCRIPTION, EMBEDDED
         from tetriserve.models.load import load_model
 
         model, device = self._args.model, self._device
@@ -143,9 +143,7 @@ class GPUReplica:
             max_steps=model.max_steps,
             max_pixels=model.max_pixels,
             max_prompt_chars=model.max_prompt_chars,
-            description="seeded random weights: pictures are coloured noise"
-            if model.path == EMBEDDED
-            else "",
+            description=DESCRIPTION if model.path in EMBEDDED else "",
         )
         adapter = load_model(
             model.path,

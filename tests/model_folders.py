@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from tetriserve.models.embedded import make_flux, make_text_stack, make_vae
+from tetriserve.models.embedded.build import make_flux, make_text_stack, make_vae
 
 VAE_CHANNELS = (8, 8, 8, 8)
 

@@ -1,4 +1,4 @@
-"""Where tetriserve keeps what it can make again: profiles and the embedded model."""
+"""Where tetriserve keeps what it can make again: profiles, and checkpoints of training."""
 
 from __future__ import annotations
 

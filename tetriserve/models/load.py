@@ -29,7 +29,7 @@ def load_model(
     revision: str | None = None,
 ) -> ModelAdapter:
     """Load a diffusers pipeline. Raises `ConfigError` when the folder is missing or of no known family."""
-    source = str(embedded_folder()) if path == EMBEDDED else path
+    source = str(embedded_folder(path)) if path in EMBEDDED else path
     try:
         index = DiffusionPipeline.load_config(source, revision=revision)
     except (OSError, ValueError) as error:

@@ -1,0 +1,218 @@
+"""Flow matching for the embedded transformer and its text encoders, on latents of drawn pictures."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from tetriserve.models.embedded.build import T5_REACH, hide_pads, make_scheduler
+from tetriserve.models.embedded.draw import draw
+from tetriserve.models.embedded.grammar import random_scene, write
+
+TEXT_TOKENS = 18  # the longest prompt has 17 with its end mark; the last token is always a pad
+TOKENS_A_STEP = 1600  # of text and image, over the batch
+_BLOCK = 4  # side of the blocks of image tokens that are kept or left out together
+
+PICTURES = {  # how many, by (height, width)
+    (64, 64): 24000,
+    (128, 128): 24000,
+    (256, 256): 8000,
+    (128, 256): 3000,
+    (256, 128): 3000,
+    (512, 512): 1000,
+    (1024, 512): 200,
+    (512, 1024): 200,
+    (1024, 1024): 200,
+}
+# (share of the training from which it holds, {(height, width, image tokens kept or 0 for all): weight})
+STAGES: list[tuple[float, dict[tuple[int, int, int], float]]] = [
+    (0.0, {(64, 64, 0): 5, (128, 128, 0): 5, (256, 256, 0): 1, (128, 256, 0): 0.5, (256, 128, 0): 0.5}),
+    (
+        0.25,
+        {
+            (64, 64, 0): 0.5,
+            (128, 128, 0): 4,
+            (256, 256, 0): 4,
+            (128, 256, 0): 0.5,
+            (256, 128, 0): 0.5,
+            (512, 512, 256): 0.5,
+        },
+    ),
+    (
+        0.75,
+        {
+            (128, 128, 0): 2,
+            (256, 256, 0): 3,
+            (128, 256, 0): 0.5,
+            (256, 128, 0): 0.5,
+            (512, 512, 256): 1,
+            (512, 512, 0): 1,
+            (1024, 512, 512): 0.7,
+            (512, 1024, 512): 0.7,
+            (1024, 1024, 512): 0.7,
+            (1024, 1024, 1024): 0.7,
+        },
+    ),
+]
+
+
+class Pool:
+    """Latents and prompts of drawn pictures of one size, kept in a file once made.
+
+    Attributes:
+        latents: [pictures, image tokens, 64], scaled and packed as `FluxPipeline` holds them.
+        t5_ids, clip_ids: [pictures, text tokens], padded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vae: Any,
+        tokenizers: dict[str, Any],
+        height: int,
+        width: int,
+        count: int,
+    ) -> None:
+        path = folder / f"pool-{height}x{width}.safetensors"
+        if not path.exists():
+            save_file(_draw_pool(vae, tokenizers, height, width, count), path)
+        tensors = load_file(path)
+        self.latents, self.t5_ids, self.clip_ids = (
+            tensors["latents"],
+            tensors["t5_ids"],
+            tensors["clip_ids"],
+        )
+
+
+@torch.no_grad()
+def _draw_pool(
+    vae: Any, tokenizers: dict[str, Any], height: int, width: int, count: int
+) -> dict[str, torch.Tensor]:
+    choice = random.Random(f"{height}x{width}")
+    scenes = [random_scene(choice, choice.choice((1, 2, 2)), held_out=False) for _ in range(count)]
+    prompts = [write(scene, choice) for scene in scenes]
+    batch = max(1, 128 * 128 // (height * width))
+    latents = []
+    for start in tqdm(range(0, count, batch), desc=f"pictures {width}x{height}", mininterval=10):
+        pictures = np.stack([draw(scene, height, width, choice) for scene in scenes[start : start + batch]])
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mean = vae.encode(pixels).latent_dist.mean
+        mean = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        latents.append(FluxPipeline._pack_latents(mean, *mean.shape).half())
+    return {"latents": torch.cat(latents), **token_ids(tokenizers, prompts)}
+
+
+def token_ids(tokenizers: dict[str, Any], prompts: list[str]) -> dict[str, torch.Tensor]:
+    """T5's ids with as many pads as its words can see behind the longest prompt, CLIP's ids with a few."""
+
+    def ids(name: str, length: int) -> torch.Tensor:
+        return tokenizers[name](
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    return {
+        "t5_ids": ids("t5_tokenizer", TEXT_TOKENS - 1 + T5_REACH),
+        "clip_ids": ids("clip_tokenizer", TEXT_TOKENS + 1),
+    }
+
+
+class FlowMatching:
+    """The loss of `model` (its `transformer`, `t5` and `clip`) at a step, all randomness from the step's number."""
+
+    def __init__(
+        self,
+        model: Any,
+        vae: Any,
+        tokenizers: dict[str, Any],
+        folder: Path,
+        *,
+        steps: int,
+        seed: int = 0,
+        pictures: dict[tuple[int, int], int] = PICTURES,
+        stages: list[tuple[float, dict[tuple[int, int, int], float]]] = STAGES,
+    ) -> None:
+        self.model, self.steps, self.seed, self.stages = model, steps, seed, stages
+        self.scheduler = make_scheduler().config
+        self._make_pool = lambda h, w: Pool(folder, vae, tokenizers, h, w, pictures[h, w])
+        self._pools: dict[tuple[int, int], Pool] = {}
+        self._empty = token_ids(tokenizers, [""])
+
+    def after_step(self) -> None:
+        hide_pads(self.model["t5"])
+
+    def loss(self, step: int) -> torch.Tensor:
+        choice = random.Random(f"{self.seed} {step}")
+        torch.manual_seed(choice.getrandbits(32))
+        weights = [weights for start, weights in self.stages if step >= start * self.steps][-1]
+        ((height, width, kept),) = choice.choices(list(weights), list(weights.values()))
+        if (height, width) not in self._pools:
+            self._pools[height, width] = self._make_pool(height, width)
+        pool = self._pools[height, width]
+        device = self.model["transformer"].device
+
+        tokens = height * width // 256
+        positions = FluxPipeline._prepare_latent_image_ids(
+            1, height // 16, width // 16, device, torch.float32
+        )
+        chosen = torch.arange(tokens) if kept == 0 else _random_blocks(height // 16, width // 16, kept)
+        count = max(1, TOKENS_A_STEP // (TEXT_TOKENS + len(chosen)))
+        rows = torch.randint(len(pool.latents), [count])
+        clean = pool.latents[rows][:, chosen].to(device, torch.float32)
+        empty = torch.rand(count, 1) < 0.03
+        t5_ids = torch.where(empty, self._empty["t5_ids"], pool.t5_ids[rows]).to(device)
+        clip_ids = torch.where(empty, self._empty["clip_ids"], pool.clip_ids[rows]).to(device)
+
+        # Noise levels on the scale on which the sampler takes even steps at this size, spread evenly over the batch
+        # but crowded where there is little but noise: there it is decided what goes where.
+        mu = calculate_shift(
+            tokens,
+            self.scheduler.base_image_seq_len,
+            self.scheduler.max_image_seq_len,
+            self.scheduler.base_shift,
+            self.scheduler.max_shift,
+        )
+        level = (torch.arange(count) + torch.rand(count)).to(device) / count
+        level = (1 - (1 - level) ** 3).clamp(0.005, 0.9999)
+        sigma = 1 / (1 + math.exp(-mu) * (1 / level - 1))
+        noise = torch.randn_like(clean)
+        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+
+        # One key may stand for many alike: the last text token for all further pads, an image token for those
+        # that were left out. Added to the attention's logits, log n does just that.
+        pads = choice.choice((64, 64, 64, 512, choice.randint(20, 128))) - TEXT_TOKENS + 1
+        key_bias = torch.zeros(TEXT_TOKENS + len(chosen), device=device)
+        key_bias[TEXT_TOKENS - 1] = math.log(pads)
+        key_bias[TEXT_TOKENS:] = math.log(tokens / len(chosen))
+
+        predicted = self.model[
+            "transformer"
+        ](
+            hidden_states=noisy,
+            timestep=sigma,
+            guidance=torch.empty(count, device=device).uniform_(1, 7),  # any: the model is to ignore it
+            pooled_projections=self.model["clip"](clip_ids).pooler_output,
+            encoder_hidden_states=self.model["t5"](t5_ids)[0][:, :TEXT_TOKENS],
+            txt_ids=torch.zeros(TEXT_TOKENS, 3, device=device),
+            img_ids=positions[chosen.to(device)],
+            joint_attention_kwargs={"attention_mask": key_bias[None, None, None]},
+            return_dict=False,
+        )[0]
+        error = (predicted - (noise - clean)).square().mean((1, 2))
+        # below half noise a step moves the picture by `sigma` times the error, and the decoder forgives a little
+        return (error * (2 * sigma).clamp(max=1).square()).mean()
+
+
+def _random_blocks(rows: int, columns: int, kept: int) -> torch.Tensor:
+    """Indices of about `kept` of rows x columns tokens, in random blocks of neighbours."""
+    grid = torch.arange(rows * columns).view(rows // _BLOCK, _BLOCK, columns // _BLOCK, _BLOCK)
+    blocks = grid.transpose(1, 2).reshape(-1, _BLOCK * _BLOCK)
+    return blocks[torch.randperm(len(blocks))[: kept // _BLOCK**2]].flatten()
