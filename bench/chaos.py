@@ -13,12 +13,13 @@ no picture within --patience seconds. Latency, and so SLO attainment, runs from 
 
 How recovery is measured. Faults are timed here, a death by looking at /proc every 20 ms; replicas time the ranges of
 `metrics.schedule`, the scheduler those of `metrics.lost` (ranges sent out that did not count). All are Unix time of
-one host. Recovery runs from the death (a stopped process dies when the watchdog ends it) to
+one host. Recovery runs from the death, of a stopped GPU replica from the stop, of any other stopped process from when
+the watchdog ends it, to
 
 - GPU replica: the end of the next committed range of a request that lost a range to it, once for the first such
-  request and once for each of them. A loss belongs to the last death of a replica before it was noticed. A replica
-  that died with nothing in flight has no such request, nor has one whose requests soon went to another cell: such
-  faults are not measured.
+  request and once for each of them. A loss belongs to the death of a replica that was shortly before, else to a stop
+  whose process had not died yet. A replica that was hit with nothing in flight has no such request, nor has one whose
+  requests soon went to another cell: such faults are not measured.
 - scheduler: the end of the next committed range of any request, all of which it held.
 - ingress: the next answer.
 
@@ -70,6 +71,8 @@ KINDS = {"replica-kill": 8, "replica-stop": 5, "scheduler-kill": 3, "scheduler-s
 WATCHDOG_FLOOR_S = 5.0
 DEATH_SEEN_S = 0.5
 """So much later than the scheduler we may see a death, on busy cores."""
+LOSS_SEEN_S = 7.0
+"""So much later than a death the scheduler may give up its ranges: it asks their other members, who have 5 s."""
 LOAD_TIMEOUT_S = 60.0
 PROMPTS = (
     "a small red circle above a large blue square",
@@ -404,21 +407,20 @@ def evaluate(calm: Sequence[Answer], rough: Sequence[Answer], struck: Sequence[S
 def recoveries(answers: Sequence[Answer], struck: Sequence[Struck]) -> list[dict[str, Any]]:
     """Every fault with its recovery times (see the top of this file), in order of the blows."""
     start_s = min(answer.arrival_s for answer in answers)
-    deaths_s = sorted(s.died_s for s in struck if s.kind.startswith("replica") and s.died_s is not None)
-    held: dict[float, list[float]] = {death_s: [] for death_s in deaths_s}
+    held: dict[int, list[float]] = {id(one): [] for one in struck}
     for answer in answers:
-        noticed_s = [part["noticed_s"] + DEATH_SEEN_S for part in answer.lost]
-        victims = {max((d for d in deaths_s if d <= until_s), default=None) for until_s in noticed_s}
-        for death_s in victims - {None}:
-            assert death_s is not None
-            held[death_s] += first_after(
-                [part["end_s"] for part in answer.schedule if part["start_s"] > death_s], death_s
+        causes = {id(one): one for part in answer.lost if (one := cause(struck, part["noticed_s"]))}
+        for one in causes.values():
+            since_s = hit_s(one)
+            assert since_s is not None
+            held[id(one)] += first_after(
+                [part["end_s"] for part in answer.schedule if part["start_s"] > since_s], since_s
             )
     rows = []
     for fault in sorted(struck, key=lambda one: one.struck_s):
         each_s: list[float] = []
-        if fault.died_s is not None and fault.kind.startswith("replica"):
-            each_s = held[fault.died_s]
+        if fault.kind.startswith("replica"):
+            each_s = held[id(fault)]
         elif fault.died_s is not None and fault.kind.startswith("scheduler"):
             ends_s = [p["end_s"] for a in answers for p in a.schedule if p["start_s"] > fault.died_s]
             each_s = first_after(ends_s, fault.died_s)
@@ -434,6 +436,31 @@ def recoveries(answers: Sequence[Answer], struck: Sequence[Struck]) -> list[dict
             }
         )
     return rows
+
+
+def hit_s(fault: Struck) -> float | None:
+    """From when on a replica fault did harm."""
+    return fault.struck_s if fault.kind.endswith("stop") else fault.died_s
+
+
+def cause(struck: Sequence[Struck], noticed_s: float) -> Struck | None:
+    """The replica fault behind a loss."""
+    replicas = sorted((one for one in struck if one.kind.startswith("replica")), key=lambda one: one.struck_s)
+    deaths = [
+        one
+        for one in replicas
+        if one.kind.endswith("kill")
+        and one.died_s is not None
+        and one.died_s - DEATH_SEEN_S <= noticed_s <= one.died_s + LOSS_SEEN_S
+    ]
+    stops = [
+        one
+        for one in replicas
+        if one.kind.endswith("stop")
+        and one.struck_s <= noticed_s
+        and (one.died_s is None or noticed_s <= one.died_s + LOSS_SEEN_S)
+    ]
+    return next(reversed(deaths or stops), None)
 
 
 def first_after(times_s: Sequence[float], since_s: float) -> list[float]:

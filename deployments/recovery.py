@@ -21,6 +21,9 @@ LOSS_WINDOW_S = 600.0
 JOIN_TIMEOUT_S = 900.0
 """A new replica waits for the ranges that its partners are in; the health check ends those that hang."""
 
+DEAD_RANGE_S = 10.0
+"""When a member dies the others fail at once, and this is when they would have said so."""
+
 POLL_S = 0.05
 
 
@@ -55,6 +58,7 @@ class Recovery:
         self.lost: set[int] = set()
         self._losses: dict[int, list[float]] = defaultdict(list)
         self._last_report_s = [time.monotonic()] * len(fleet)
+        self._dead_s: dict[int, float] = {}
         self._joining = asyncio.Lock()
 
     @property
@@ -112,6 +116,7 @@ class Recovery:
     def _back(self, gpu: int) -> None:
         now_s = time.monotonic()
         self.lost.discard(gpu)
+        self._dead_s.pop(gpu, None)
         self._rounds.gpu_back(gpu, now_s)
         self.reported([gpu], now_s)
         logger.info("GPU replica %d is back", gpu)
@@ -135,10 +140,13 @@ class Recovery:
             since_s = now_s - max(self._last_report_s[gpu], first.start_s)
             if since_s > cell.step_timeout_floor_s:
                 # one that still answers may only be slow, and others compute with it: it gets longer,
-                # unless a member is dead, for then this range never ends
+                # unless a member has been dead for long, for then this range never ends
                 members = set(first.gpus) - self.lost
                 states = await self._fleet.states(members)
-                hopeless = since_s > limit_s or "dead" in states.values()
+                dead_s = [
+                    self._dead_s.setdefault(member, now_s) for member in members if states[member] == "dead"
+                ]
+                hopeless = since_s > limit_s or now_s - min(dead_s, default=now_s) > DEAD_RANGE_S
                 stuck = members if hopeless else {gpu for gpu in members if states[gpu] == "silent"}
                 if stuck:
                     logger.error("no step range ended on GPU %d for %.0f s, ending %s", gpu, since_s, stuck)
