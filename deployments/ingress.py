@@ -23,9 +23,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api import (
-    as_tetriserve_error,
-)
+from deployments.api import as_tetriserve_error
 from deployments.config import AppArgs
 from deployments.keys import load_keys
 from tetriserve.errors import (
@@ -171,40 +169,19 @@ class Ingress:
         """The served model; asked once. Raises `NotReady` while no cell has loaded it."""
         if self._info is not None:
             return self._info
-        response: Any = self._cell.model_info.remote()
-        try:
-            info: ModelInfo = await asyncio.wait_for(response, STATUS_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            response.cancel()
-            raise NotReady("the model is still loading") from None
-        except Exception as error:
-            raise _unanswered(error) from error
+        info: ModelInfo = await self._ask_one("model_info", "the model is still loading")
         self._info = info
         return info
 
     async def numbered(self, method: str, *arguments: object) -> list[tuple[int, Any]]:
         """(number, answer) of every cell that answers, in order. Raises `NotReady` when that is not certain."""
-        try:
-            cells = await self._cell.broadcast(method, *arguments).results_async(
-                timeout_s=STATUS_TIMEOUT_S, return_exceptions=True
-            )
-        except TimeoutError:
-            raise NotReady(f"not all cells answer within {STATUS_TIMEOUT_S:g} s") from None
-        except Exception as error:
-            raise _unanswered(error) from error
+        cells = await self._ask_all(method, *arguments)
         answered = [cell for cell in cells if not isinstance(cell, Exception)]
         return sorted(answered, key=lambda cell: cell[0])
 
     async def profile(self) -> Profile:
         """The step times of a cell, corrected by what it measured. Raises `NotReady` when none answers."""
-        response: Any = self._cell.profile.remote()
-        try:
-            profile: Profile = await asyncio.wait_for(response, STATUS_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            response.cancel()
-            raise NotReady(f"no cell answers within {STATUS_TIMEOUT_S:g} s") from None
-        except Exception as error:
-            raise _unanswered(error) from error
+        profile: Profile = await self._ask_one("profile", f"no cell answers within {STATUS_TIMEOUT_S:g} s")
         return profile
 
     async def delete(self, *request_ids: str) -> bool:
@@ -212,18 +189,34 @@ class Ingress:
 
         False when no cell knows them. Raises `NotReady` when that is not certain.
         """
+        found = await self._ask_all("delete", request_ids)
+        failed = [answer for answer in found if isinstance(answer, Exception)]
+        if failed and True not in found:
+            raise _unanswered(failed[0])
+        return True in found
+
+    async def _ask_all(self, method: str, *arguments: object) -> list[Any]:
+        """What every cell says, errors included. Raises `NotReady` when one says nothing."""
         try:
-            found = await self._cell.broadcast("delete", request_ids).results_async(
+            answers: list[Any] = await self._cell.broadcast(method, *arguments).results_async(
                 timeout_s=STATUS_TIMEOUT_S, return_exceptions=True
             )
         except TimeoutError:
             raise NotReady(f"not all cells answer within {STATUS_TIMEOUT_S:g} s") from None
         except Exception as error:
             raise _unanswered(error) from error
-        failed = [answer for answer in found if isinstance(answer, Exception)]
-        if failed and True not in found:
-            raise _unanswered(failed[0])
-        return True in found
+        return answers
+
+    async def _ask_one(self, method: str, silence: str) -> Any:
+        """What any cell says. Raises `NotReady`, with `silence` for its reason when it says nothing."""
+        response: Any = getattr(self._cell, method).remote()
+        try:
+            return await asyncio.wait_for(response, STATUS_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            response.cancel()
+            raise NotReady(silence) from None
+        except Exception as error:
+            raise _unanswered(error) from error
 
     async def _admit(self, request: GenerateRequest) -> GenerateRequest:
         """The request as the cell gets it. Raises what can be said without the cell.
