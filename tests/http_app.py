@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import uvicorn
 
 from deployments.config import AppArgs
@@ -225,6 +226,22 @@ def ask(
 
 def post(cell: Cell | None = None, **fields: Any) -> httpx.Response:
     return ask(cell or Cell(), "POST", URL, json=fields)
+
+
+def hang_up(cell: Cell, body: dict[str, Any], calls: int) -> None:
+    """Post, and leave when so many calls are with the cell: Ray Serve cancels the ingress task when a client goes."""
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(build_http(ingress(cell)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            call = asyncio.create_task(client.post(URL, json=body))
+            while len(cell.requests) < calls:
+                await asyncio.sleep(0.01)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+    asyncio.run(run())
 
 
 @contextmanager

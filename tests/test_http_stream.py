@@ -13,13 +13,12 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from http_app import PICTURE, URL, Cell, check_error, ingress, listening, post
+from http_app import PICTURE, URL, Cell, check_error, hang_up, ingress, listening, post
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from ray.exceptions import ActorDiedError
 
 from deployments import events
-from deployments.http import build_http
 from tetriserve import errors
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 
@@ -213,22 +212,10 @@ def test_hanging_up_cancels_all_pictures() -> None:
 
 
 def test_hanging_up_before_the_first_event_cancels() -> None:
-    """Ray Serve cancels the ingress task when the client goes away."""
-
-    async def run() -> None:
-        cell = Cell(delay_s=100)
-        cell.progress = []
-        transport = httpx.ASGITransport(build_http(ingress(cell)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            call = asyncio.create_task(client.post(URL, json={**STREAM, "n": 2}))
-            while len(cell.requests) < 2:
-                await asyncio.sleep(0.01)
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
-        assert len(cell.cancelled) == 2
-
-    asyncio.run(run())
+    cell = Cell(delay_s=100)
+    cell.progress = []
+    hang_up(cell, {**STREAM, "n": 2}, calls=2)
+    assert len(cell.cancelled) == 2
 
 
 def wait_for(condition: Any) -> None:
