@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import httpx
@@ -13,8 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.meters import Families, Meters
 from tetriserve.engine.report import Report
-from tetriserve.request import CellStatus, Shape
+from tetriserve.request import CellStatus, Metrics, Shape
 
+PROMTOOL = shutil.which("promtool")
+TOOK = Metrics(0.1, 0.2, 0.3, 0.4, 1.0, 0.9, None, None, (), (), 1, 1 << 20)
 SMALL, LARGE, ODD = Shape(256, 256), Shape(1024, 1024), Shape(384, 640)
 
 
@@ -25,7 +29,8 @@ def meters(gpu_seconds: float) -> Families:
     cell.ran(SMALL, 2, 5, False, [done, Report(9.0, 11.0 + gpu_seconds / 2, 0.0, 0)])
     cell.ran(SMALL, 1, 0, False, [Report(1.0, 2.0, 0.0, 0)])
     for shape, outcome in ((SMALL, "met"), (ODD, "met"), (LARGE, "late"), (Shape(64, 80), "met")):
-        cell.ended(outcome, shape)
+        cell.ended(outcome, shape, TOOK)
+    cell.corrected(SMALL, 2, 1.1)
     cell.planned(0.002)
     cell.fell_back()
     cell.lost_gpu(1)
@@ -75,6 +80,22 @@ def test_every_cell_is_there_with_its_number() -> None:
     assert values["tetriserve_gpu_losses_total", "0", "1"] == 1
     assert values["tetriserve_lost_ranges_total", "0", "denoise"] == 1
     assert not any("created" in name for name, *_ in values)
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="no promtool here: apt-get install prometheus")
+def test_prometheus_own_linter_finds_nothing() -> None:
+    def lint(text: str) -> tuple[int, str]:
+        command = [str(PROMTOOL), "check", "metrics"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    assert all(family.samples for family in meters(1.0))  # others it would not look at
+    cell = Cell()
+    cell.metrics = [(0, meters(4.0)), (1, meters(8.0))]
+    text = ask(cell, "GET", "/metrics").text
+    assert lint(text) == (0, "")
+    code, said = lint(text.replace("_requests_total", "_requests"))
+    assert code != 0 and "tetriserve_requests counter metrics should have" in said
 
 
 def test_without_a_cell_that_answers_there_is_nothing_to_read() -> None:
