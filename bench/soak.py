@@ -1,12 +1,13 @@
 """A live server under steady load for long: does anything grow?
 
-    python bench/soak.py [--minutes 20] [--load 0.8] [--every 10]
+    python bench/soak.py [--minutes 20] [--warm-up 12] [--load 0.8] [--every 10]
 
 Measures this machine's profile, then plays a mixed 256/512/1024 trace, open loop, that keeps the GPUs busy for
 --load of the time, and looks every --every seconds at the private memory (resident minus shared) and the open files
-of every process of the server, at its open requests and at Ray's object store. A quantity grows when its slope over
-the second half of the run is above zero by more than twice its standard error, and what that adds in an hour is more
-than `NOTHING` of its mean. Writes `soak.json` and `soak.md` to --out.
+of every process of the server, at its open requests and at Ray's object store. What comes before --warm-up minutes,
+in which the board's ten minutes fill, does not count. A quantity grows when its slope over the rest is above zero
+by more than twice its standard error, and what that adds in an hour is more than `NOTHING` of its mean. Writes
+`soak.json` and `soak.md` to --out.
 """
 
 from __future__ import annotations
@@ -81,17 +82,15 @@ def title_of(process: psutil.Process) -> str:
 
 
 def trend(at_s: list[float], values: list[float]) -> dict[str, Any]:
-    """Medians of the quarters, and the slope of the last two with its standard error, an hour."""
+    """Medians of the quarters, and the slope with its standard error, an hour."""
     quarters = np.array_split(np.array(values), 4)
-    y = np.concatenate(quarters[2:])
-    x = np.array(at_s[-len(y) :]) / 3600
-    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    (slope, _), covariance = np.polyfit(np.array(at_s) / 3600, values, 1, cov=True)
     error = float(np.sqrt(covariance[0, 0]))
     return {
         "quarters": [float(np.median(quarter)) for quarter in quarters],
         "slope_per_h": float(slope),
         "error_per_h": error,
-        "grows": bool(slope > 2 * error and slope > NOTHING * np.mean(y)),
+        "grows": bool(slope > 2 * error and slope > NOTHING * np.mean(values)),
     }
 
 
@@ -100,6 +99,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--warm-up", type=float, default=12.0, metavar="MINUTES")
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--every", type=float, default=10.0, metavar="S")
     parser.add_argument("--steps", type=int, default=6)
@@ -116,7 +116,7 @@ def main() -> None:
         chains = [request.chain(setup.profile, n_gpus) for request in trace(60.0, 400)]
         gpu_s = statistics.fmean(sum(p.steps * p.step_s[1] for p in chain) for chain in chains)
         per_min = 60 * options.load * n_gpus / gpu_s
-        requests = trace(per_min, round(per_min * options.minutes))
+        requests = trace(per_min, round(per_min * (options.warm_up + options.minutes)))
         policy = setup.args["scheduler"]["policy"]
         with running_server(setup.config, policy) as server:
             watch = Watch(server, options.every)
@@ -124,9 +124,10 @@ def main() -> None:
             with tqdm(total=len(requests), unit="request") as bar:
                 done = replay(server.url, requests, bar.update)
             watch.stop()
-    names = sorted({name for one in watch.samples for name in one if name != "at_s"})
-    at_s = [one["at_s"] for one in watch.samples]
-    trends = {name: trend(at_s, [one.get(name, 0.0) for one in watch.samples]) for name in names}
+    samples = [one for one in watch.samples if one["at_s"] > 60 * options.warm_up]
+    names = sorted({name for one in samples for name in one if name != "at_s"})
+    at_s = [one["at_s"] for one in samples]
+    trends = {name: trend(at_s, [one.get(name, 0.0) for one in samples]) for name in names}
     summary = result_of(policy, n_gpus, done.outcomes, done.schedule, done.plan_ms)["summary"]
     result = {"rate_per_min": per_min, "errors": done.errors, "summary": summary, "trends": trends}
     options.out.mkdir(parents=True, exist_ok=True)
@@ -148,10 +149,11 @@ def report(result: dict[str, Any], options: argparse.Namespace) -> str:
         ]
         for name, found in result["trends"].items()
     ]
+    asked = f"--minutes {options.minutes:g} --warm-up {options.warm_up:g} --load {options.load:g}"
     return (
-        f"`python bench/soak.py --minutes {options.minutes:g} --load {options.load:g}`: {result['rate_per_min']:.1f} "
-        f"requests a minute, GPUs busy {100 * summary['gpu_utilisation']:.0f} %, SLO attainment "
-        f"{summary['slo_attainment']:.3f}, errors {len(result['errors'])}. Medians of each quarter of the run.\n\n"
+        f"`python bench/soak.py {asked}`: {result['rate_per_min']:.1f} requests a minute, GPUs busy "
+        f"{100 * summary['gpu_utilisation']:.0f} %, SLO attainment {summary['slo_attainment']:.3f}, errors "
+        f"{len(result['errors'])}. Medians of each quarter of the run after its warm-up.\n\n"
         f"{markdown_table(head, body)}\n"
     )
 

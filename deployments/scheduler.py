@@ -64,6 +64,10 @@ cause: it ends before it has taken every GPU of the cell with it."""
 PLANS_KEPT = 1000
 """Decisions whose time is remembered for the status."""
 
+HAND_OVER_S = 10.0
+"""How long a picture's reference is kept behind its result. Ray never deletes an object below 100 KB from its owner's
+memory when the last reference to it was somebody else's."""
+
 BOARD_AGE_S = 0.25
 """How old a board may be when the next one asks for the same: many may look at once."""
 
@@ -87,6 +91,7 @@ class Scheduler:
         self._named: dict[str, Entry] = {}
         self._serial = itertools.count()
         self._kept = Kept()
+        self._handed_over: deque[tuple[float, Any]] = deque()
         self._meters = Meters(args.profile.all_shapes)
         self._history = History(args.cell.gpus, time.time())
         self._boards: dict[tuple[float, str | None], tuple[float, dict[str, Any]]] = {}
@@ -294,12 +299,19 @@ class Scheduler:
                 entry.result.exception()  # a cancelled caller will not look at it
             else:
                 entry.result.set_result(outcome)
+                self._hand_over(outcome.image)
                 if entry.request.repeatable:
                     self._kept.keep(entry)
         entry.notify()
         if entry.outstanding == 0:
             self._release(entry)
         self._wake.set()
+
+    def _hand_over(self, picture: Any) -> None:
+        now_s = time.monotonic()
+        self._handed_over.append((now_s, picture))
+        while self._handed_over[0][0] < now_s - HAND_OVER_S:
+            self._handed_over.popleft()
 
     def _release(self, entry: Entry) -> None:
         for gpu in entry.touched - self._recovery.lost:

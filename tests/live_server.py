@@ -37,8 +37,14 @@ class Server:
     def __init__(self, config: Path) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [str(BIN / "tetriserve"), "serve", "--config", str(config), "--port", str(port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._command = [str(BIN / "tetriserve"), "serve", "--config", str(config), "--port", str(port)]
+        self.start()
+
+    def start(self) -> None:
+        """Also after `stop`: on the same port."""
+        self.process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         self.lines: list[str] = []
         assert self.process.stdout is not None
         for line in self.process.stdout:

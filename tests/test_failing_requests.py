@@ -1,5 +1,6 @@
-"""Requests that fail by themselves, end to end: real replicas in Ray's own processes, whose steps ask the allocator
-for more than there is or break their device; the scheduler runs in the test's process."""
+"""Requests that fail by themselves, and what requests leave behind, end to end: real replicas in Ray's own
+processes, whose steps ask the allocator for more than there is or break their device; the scheduler runs in the
+test's process."""
 
 from __future__ import annotations
 
@@ -178,5 +179,44 @@ def test_a_broken_device_ends_its_replica_and_no_request_takes_them_all(
                 break
             await asyncio.sleep(0.1)
         assert (status.gpus_ready, status.cordoned, status.open_requests) == (2, (), 0)
+
+    asyncio.run(run())
+
+
+def test_small_pictures_do_not_stay_in_the_memory_of_the_scheduler(
+    args: AppArgs, group: PlacementGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are sent inside of messages, and the last to let go of them is the ingress."""
+    monkeypatch.setattr("deployments.scheduler.HAND_OVER_S", 1.0)
+
+    @ray.remote(num_cpus=0)
+    class Reader:
+        def read(self, box: list[Any]) -> int:
+            self._box = box  # still held when the answer arrives
+            return int(ray.get(box[0]).nbytes)
+
+        def let_go(self) -> None:
+            del self._box
+
+    async def run() -> None:
+        scheduler, reader = Scheduler(args, group), Reader.remote()
+        await scheduler.start()
+        core = ray._private.worker.global_worker.core_worker
+        before = core.get_memory_store_size()
+        for seed in range(5):
+            asked = GenerateRequest(
+                "small", 128, 128, num_inference_steps=2, seed=seed, request_id=f"tiny {seed}"
+            )
+            result = await scheduler.generate(asked, "call")
+            assert await reader.read.remote([result.image]) < 100_000
+            del result
+            await reader.let_go.remote()
+        await asyncio.sleep(1.5)
+        await scheduler.generate(request("small", 0), "call")
+        for _ in range(100):
+            if core.get_memory_store_size() - before < 5:
+                break
+            await asyncio.sleep(0.05)
+        assert core.get_memory_store_size() - before < 5
 
     asyncio.run(run())

@@ -140,6 +140,20 @@ def test_it_comes_back_by_itself_when_the_server_was_away(page: Page) -> None:
     expect(page.get_by_role("status").first).to_have_text("Live", timeout=AWAY_MS)
 
 
+def test_previews_change_until_the_picture_is_there(page: Page) -> None:
+    card = generate(page, Size="1024x1024", Steps="8", **{"Deadline, s": "60"})
+    previews: set[str] = set()
+
+    def look() -> bool:
+        previews.update(card.locator("img.preview").evaluate_all("images => images.map(one => one.src)"))
+        return card.locator(".path").count() > 0
+
+    wait_until(look, ANSWER_MS / 1000)
+    assert len(previews) >= 2
+    picture = card.locator("img").evaluate("image => [image.naturalWidth, image.className, image.src]")
+    assert picture[:2] == [1024, ""] and picture[2] not in previews
+
+
 def test_a_streamed_answer_shows_progress_previews_and_the_result(page: Page) -> None:
     """Its events as the contract has them, cut anywhere."""
     done = generate(page, Size="256x256", Steps="2")
@@ -223,3 +237,13 @@ def test_axe_finds_nothing_serious(page: Page, scheme: Any, width: int) -> None:
     assert bad == []
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow == 0
+
+
+def test_it_is_live_again_after_a_restart_of_the_server(page: Page, server: Server) -> None:
+    page.expected = "ERR_|status of 5"  # type: ignore[attr-defined]
+    server.stop()
+    expect(page.get_by_role("status").first).to_contain_text("Server away", timeout=AWAY_MS)
+    server.start()
+    expect(page.get_by_role("status").first).to_have_text("Live", timeout=AWAY_MS)
+    expect(generate(page, Size="256x256", Steps="2").locator(".path")).to_be_visible(timeout=ANSWER_MS)
+    wait_until(lambda: rectangles(page))
