@@ -122,7 +122,9 @@ class ImageRequest(BaseModel):
     seed: Integer | None = Field(None, json_schema_extra={"minimum": 0})
     user: str | None = None
     slo_ms: Positive | None = Field(None, description="Deadline, milliseconds from arrival.")
-    drop_late: bool = Field(False, description="End with an error once the deadline cannot be met.")
+    drop_late: bool | None = Field(
+        None, description="End with an error once the deadline cannot be met; null: as configured."
+    )
     reject_infeasible: bool | None = Field(
         None, description="Answer 503 at once if the first plan misses the deadline; null: as configured."
     )

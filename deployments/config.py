@@ -131,6 +131,10 @@ class SchedulerArgs(_Section):
         ge=1,
         description="The same for each API key (without keys all are one client), in each cell; null: no limit.",
     )
+    drop_late: bool = Field(
+        False,
+        description="End a request with an error once its deadline cannot be met, instead of finishing late.",
+    )
     reject_infeasible: bool = Field(
         False, description="Answer 503 at once to a request that the first plan cannot have on time."
     )

@@ -237,8 +237,9 @@ class Scheduler:
             now_s,
             float("inf") if slo_s is None else arrival_s + slo_s,
             priority=request.priority,
-            drop_late=request.drop_late,
-            reject_infeasible=self._rejects(request),
+            drop_late=_asked(request.drop_late, self._args.scheduler.drop_late),
+            reject_infeasible=not request.waited_s  # else it was accepted once
+            and _asked(request.reject_infeasible, self._args.scheduler.reject_infeasible),
             client=request.client,
         )
         self._entries[entry.id] = self._named[entry.name] = entry
@@ -351,12 +352,6 @@ class Scheduler:
                 for job in snapshot.jobs:
                     if job.id in self._entries:
                         self._entries[job.id].predict(self._rounds.predicted_finish_s(job.id, snapshot.now_s))
-
-    def _rejects(self, request: GenerateRequest) -> bool:
-        if request.waited_s:  # it was accepted once
-            return False
-        asked = request.reject_infeasible
-        return self._args.scheduler.reject_infeasible if asked is None else asked
 
     def _turn_away(self, request_ids: list[str], why: str) -> None:
         for entry in [self._entries[request_id] for request_id in request_ids]:
@@ -638,6 +633,10 @@ class Scheduler:
 def _cause(error: BaseException) -> BaseException:
     """What a replica raised, out of Ray's wrapping."""
     return getattr(error, "cause", None) or error
+
+
+def _asked(option: bool | None, default: bool) -> bool:
+    return default if option is None else option
 
 
 def _unix_ahead_s() -> float:

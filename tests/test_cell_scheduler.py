@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,20 @@ def test_the_flood_of_a_client_is_refused_and_the_next_client_is_not() -> None:
             ask("a")
         assert await scheduler.cancel(next(iter(scheduler._named)), "call")
         ask("a")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_what_is_too_late_is_dropped_as_the_request_or_else_the_cell_wants(default: bool) -> None:
+    async def run() -> None:
+        scheduler = ready(drop_late=default)
+        for asked in (None, False, True):
+            name = f"asked {asked}"
+            request = GenerateRequest("a", 256, 256, 4, seed=0, slo_s=1.0, drop_late=asked, request_id=name)
+            scheduler._join(request, "call")
+        dropped = {scheduler._entries[i].name for i in scheduler._rounds.expired(time.monotonic() + 60)}
+        assert dropped == {"asked True"} | ({"asked None"} if default else set())
 
     asyncio.run(run())
 

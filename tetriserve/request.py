@@ -45,9 +45,8 @@ class GenerateRequest:
     Attributes:
         slo_s: seconds from arrival within which the caller wants the result; None for the server's default.
         seed: 0 <= seed < 2**63; drawn at random when None and reported back.
-        drop_late: end with `DeadlineInfeasible` instead of finishing late.
-        reject_infeasible: end with `DeadlineInfeasible` at once if the first plan cannot have it on time; None for
-            the server's default.
+        drop_late: end with `DeadlineInfeasible` instead of finishing late; None for the server's default.
+        reject_infeasible: the same at once if the first plan cannot have it on time.
         priority: tie-break between requests with equal deadlines, larger first.
         previews: how many rough pictures to make on the way, at most; only `stream` shows them. They cost no step and
             change nothing of the picture.
@@ -68,7 +67,7 @@ class GenerateRequest:
     negative_prompt: str | None = None
     seed: int | None = None
     slo_s: float | None = None
-    drop_late: bool = False
+    drop_late: bool | None = None
     reject_infeasible: bool | None = None
     priority: int = 0
     model: str | None = None
