@@ -132,6 +132,24 @@ def test_the_board_can_be_read_with_keys(page: Page) -> None:
     expect(page.locator("#board-summary")).to_contain_text("of 2 GPUs are running steps")
 
 
+def test_every_cell_has_lanes_of_its_own(page: Page) -> None:
+    def two(route: Route) -> None:
+        response = route.fetch()
+        board = response.json()
+        (cell,) = board["cells"]
+        board["cells"].append(cell | {"cell": "the-other-one"})
+        route.fulfill(response=response, json=board)
+
+    page.route("**/v1/board*", two)
+    expect(generate(page, Size="256x256", Steps="4").locator(".path")).to_be_visible(timeout=ANSWER_MS)
+    wait_until(lambda: len({one["cell"] for one in rectangles(page)}) == 2)
+    lanes = {one["cell"]: {lane for lane, _ in one["lanes"]} for one in rectangles(page)}
+    assert lanes.pop("the-other-one") <= {2, 3} and all(own <= {0, 1} for own in lanes.values())
+    page.reload()
+    expect(page.locator("#board-summary")).to_contain_text("of 4 GPUs are running steps", timeout=AWAY_MS)
+    page.unroute("**/v1/board*")
+
+
 def test_it_comes_back_by_itself_when_the_server_was_away(page: Page) -> None:
     page.expected = "ERR_FAILED|ERR_CONNECTION"  # type: ignore[attr-defined]
     page.route("**/v1/board*", lambda route: route.abort())
