@@ -13,6 +13,7 @@ by more than twice its standard error, and what that adds in an hour is more tha
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import threading
 import time
@@ -66,11 +67,19 @@ def sample(server: RunningServer) -> dict[str, float]:
             continue
         found[f"{title}: private MiB"] += (memory.rss - memory.shared) / 2**20
         found[f"{title}: open files"] += files
-        if title == "raylet":  # the most that its object store ever held: pages once touched stay
-            found["object store MiB"] += memory.shared / 2**20
+        if title == "raylet":
+            found["object store MiB"] += stored_bytes(process) / 2**20
     health = httpx.get(f"{server.url}/health", timeout=10).json()
     found["open requests"] = sum(cell["open_requests"] for cell in health["cells"])
     return dict(found)
+
+
+def stored_bytes(raylet: psutil.Process) -> float:
+    """What its object store holds, by the state that it writes down every ten seconds."""
+    (logs,) = [word.removeprefix("--log_dir=") for word in raylet.cmdline() if word.startswith("--log_dir=")]
+    state = (Path(logs) / "debug_state.txt").read_text()
+    total, free = re.findall(r"object_store_memory: \[(\d+)\]", state)[:2]
+    return (int(total) - int(free)) / 1e4  # Ray counts resources in parts of ten thousand
 
 
 def title_of(process: psutil.Process) -> str:
