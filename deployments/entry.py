@@ -34,8 +34,8 @@ class Entry:
     """One open request.
 
     Attributes:
-        id: of this run of the request, never used again: parts of an earlier one under the same name, cancelled,
-            may still be in flight.
+        id: the name, "#" and a number: of this run of the request, never used again, for parts of an earlier one
+            under the same name, cancelled, may still be in flight.
         asked: the request as it first came.
         request: with steps filled in.
         callers: the calls that wait for it; when the last one leaves it is given up.
@@ -166,6 +166,11 @@ class Entry:
             predicted_s=self.predicted_s,
         )
         return GenerateResult(self.name, image, time.time(), model, metrics)
+
+
+def name_of(entry_id: str) -> str:
+    """What clients know the request by that has this `Entry.id`."""
+    return entry_id.rpartition("#")[0]
 
 
 def executed(assignment: Assignment, reports: list[Report]) -> Execution:

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,9 @@ from solver.problem import Entry, Phase
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("serve"))
+    root = tmp_path_factory.mktemp("serve")
+    logging = {"encoding": "JSON", "log_level": "DEBUG", "logs_dir": str(root / "logs")}
+    return write_config(root, logging=logging)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +217,38 @@ def test_a_repeated_post_gets_the_same_result(server: Server) -> None:
     other = httpx.post(f"{server.url}/v1/images/generations", json={**item, "seed": 5}, headers=headers)
     assert other.status_code == 400 and other.json()["error"]["param"] == "Idempotency-Key"
     wait_until(lambda: server.health()["cells"][0]["open_requests"] == 0)
+
+
+def test_a_request_can_be_followed_through_the_logs(server: Server, config: Path) -> None:
+    """By its id, over all processes, in lines of JSON; what it asked for is in none of them."""
+
+    def lines() -> list[dict[str, Any]]:
+        files = (config.parent / "logs").glob("*.log*")
+        rows = [
+            json.loads(line) | {"file": re.sub("^replica_tetriserve_", "", file.name).split("_")[0]}
+            for file in files
+            for line in file.read_text().splitlines()
+        ]
+        return [row for row in rows if row.get("tetriserve_request_id") == name]
+
+    headers = {"Idempotency-Key": "a key of order 66", "X-Request-Id": "client-66"}
+    item = body("512x512", 66, slo_ms=60_000, response_format="url")
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=item, headers=headers, timeout=60)
+    name = answer.json()["id"]
+    wait_until(lambda: {row["file"] for row in lines()} == {"Ingress", "Scheduler", "GPUReplica", "Pictures"})
+    infos = [row for row in lines() if row["levelname"] != "DEBUG"]
+    assert [(row["file"], row["levelname"]) for row in infos] == [("Scheduler", "INFO")] * 2
+    accepted, ended = infos
+    assert accepted["message"] == f"request {name} accepted: 512x512, 6 steps, deadline 60.000 s"
+    assert ended["message"].startswith(f"request {name} ended: met after ")
+    assert ended["tetriserve_outcome"] == "met"
+    assert ended["tetriserve_total_s"] == pytest.approx(float(answer.headers["x-finish-s"]), rel=1e-3)
+    # what the client calls it leads to what it is called here
+    assert {row["request_id"] for row in lines() if row["file"] == "Ingress"} == {"client-66"}
+    ran = [row["message"] for row in lines() if row["file"] == "GPUReplica"]
+    assert len(ran) == sum(len(part["gpus"]) for part in answer.json()["metrics"]["schedule"])
+    text = "".join(file.read_text() for file in (config.parent / "logs").glob("*.log*"))
+    assert item["prompt"] not in text and "order 66" not in text
 
 
 def test_what_cannot_be_on_time_is_turned_away_when_asked(server: Server) -> None:

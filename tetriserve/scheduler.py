@@ -42,6 +42,9 @@ class Assignment:
     end_s: float
     after: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"range {self.seq}, {self.steps} steps of {self.kind} on GPUs {', '.join(map(str, self.gpus))}"
+
     @property
     def degree(self) -> int:
         return len(self.gpus)
