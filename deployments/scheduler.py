@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
-from deployments.entry import Entry, Kept, executed
+from deployments.entry import Entry, Kept, executed, unix_ahead_s
 from deployments.fleet import Fleet
 from deployments.logs import LogForm, log_request, logger, write_as
 from deployments.meters import Families, Meters
@@ -52,6 +52,7 @@ from tetriserve.request import (
     GenerateRequest,
     GenerateResult,
     ModelInfo,
+    PlannedWith,
     Progress,
 )
 from tetriserve.scheduler import Assignment, RoundScheduler
@@ -230,7 +231,8 @@ class Scheduler:
             slo_s = self._args.scheduler.default_slo_scale * alone_s
         arrival_s = now_s - request.waited_s
         result = asyncio.get_running_loop().create_future()
-        entry = Entry(f"{request.request_id}#{next(self._serial)}", asked, request, arrival_s, slo_s, result)
+        identity = f"{request.request_id}#{next(self._serial)}"
+        entry = Entry(identity, asked, request, arrival_s, slo_s, PlannedWith.of(phases), result)
         self._rounds.arrived(
             entry.id,
             phases,
@@ -242,7 +244,7 @@ class Scheduler:
             client=request.client,
         )
         self._entries[entry.id] = self._named[entry.name] = entry
-        arrival_unix_s = arrival_s + _unix_ahead_s()
+        arrival_unix_s = arrival_s + unix_ahead_s()
         self._history.arrived(
             entry.id,
             entry.name,
@@ -347,7 +349,7 @@ class Scheduler:
                 plan = self._rounds.commit(snapshot, packing, time.monotonic())
                 self._plan_s.append(time.monotonic() - snapshot.now_s)
                 self._meters.planned(self._plan_s[-1])
-                ahead_s, fell_back = _unix_ahead_s(), self.fallbacks > fallbacks
+                ahead_s, fell_back = unix_ahead_s(), self.fallbacks > fallbacks
                 start_s, boundary_s = snapshot.now_s + ahead_s, plan.boundary_s + ahead_s
                 self._history.planned(Plan(start_s, self._plan_s[-1], fell_back, boundary_s))
                 for assignment in plan.assignments:
@@ -600,7 +602,7 @@ class Scheduler:
 
     async def board(self, seconds: float, owner: str | None) -> dict[str, Any]:
         """`History.board`: the last `seconds` and what is committed, as `owner` may see it."""
-        now_s, ahead_s = time.monotonic(), _unix_ahead_s()
+        now_s, ahead_s = time.monotonic(), unix_ahead_s()
         self._boards = {who: kept for who, kept in self._boards.items() if now_s - kept[0] < BOARD_AGE_S}
         if (seconds, owner) in self._boards:
             return self._boards[seconds, owner][1]
@@ -643,11 +645,6 @@ class Scheduler:
 def _cause(error: BaseException) -> BaseException:
     """What a replica raised, out of Ray's wrapping."""
     return getattr(error, "cause", None) or error
-
-
-def _unix_ahead_s() -> float:
-    """Seconds from this process' monotonic clock to Unix time."""
-    return time.time() - time.monotonic()
 
 
 def _quantile(values: Collection[float], share: float) -> float:

@@ -62,8 +62,17 @@ def test_response_has_every_field_of_the_contract() -> None:
         {"steps": 2, "degree": 2, "gpus": [0, 1]},
     ]
     assert metrics["schedule"] == [
-        {"kind": "denoise", "steps": 4, "gpus": [0], "start_s": 1700000000.0, "end_s": 1700000000.3}
+        {
+            "kind": "denoise",
+            "steps": 4,
+            "gpus": [0],
+            "start_s": 1700000000.0,
+            "end_s": 1700000000.3,
+            "others": 3,
+        }
     ]
+    assert metrics["planned_with"] == {"encode_s": 0.2, "step_s": {"1": 0.05, "2": 0.03}, "decode_s": 0.4}
+    assert metrics["arrival_s"] == 1699999999.5
     assert metrics["lost"] == [{"kind": "denoise", "steps": 2, "gpus": [1], "noticed_s": 1700000000.1}]
     assert body["peak_memory_mb"] == metrics["peak_memory_mb"] == body["usage"]["peak_memory_mb"] == 3
     [item] = body["data"]
