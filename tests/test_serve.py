@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from schedule_checker import Chain, violations
 
 from solver.problem import Entry, Phase
+from tetriserve.explain import of_metrics
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,8 @@ def test_mixed_load_gives_the_pictures_of_lone_requests(server: Server) -> None:
     for request, path in zip(load, paths, strict=True):
         assert sum(part["steps"] for part in path) == request["num_inference_steps"]
         assert all(part["degree"] == len(part["gpus"]) for part in path)
+    others = {part["others"] for answer in answers for part in answer["metrics"]["schedule"]}
+    assert 5 < max(others) < len(load)
     degrees = [{part["degree"] for part in path} for path in paths]
     large_s = httpx.get(f"{server.url}/v1/profile").json()["step_seconds"]["1024x1024"]
     if large_s["2"] < 0.8 * large_s["1"]:  # on a busy machine it may not
@@ -121,6 +124,20 @@ def test_metrics_agree_with_what_was_answered(server: Server) -> None:
     for phase in ("encode", "denoise", "decode", "total"):
         spent_s = sum(answer["metrics"]["stage_durations"][phase] for answer in answers[:2])
         assert change("tetriserve_phase_seconds_sum", "0", phase, "256x256") == pytest.approx(spent_s)
+    profile = httpx.get(f"{server.url}/v1/profile").json()
+    for item, answer in zip(sent, answers, strict=True):  # `--verbose` reads these
+        metrics = answer["metrics"]
+        planned_s = metrics["planned_with"]["step_s"]
+        assert planned_s.keys() == {"1", "2"}
+        assert planned_s["1"] == pytest.approx(profile["step_seconds"][item["size"]]["1"], rel=0.5)
+        begins_s, ends_s = metrics["schedule"][0]["start_s"], metrics["schedule"][-1]["end_s"]
+        assert 0 < begins_s - metrics["arrival_s"] < 1
+        total_s = metrics["stage_durations"]["total"]
+        assert ends_s - metrics["arrival_s"] == pytest.approx(total_s, abs=0.2)
+        _, encode, *steps, _decode, _end = of_metrics(metrics)
+        assert encode.endswith("encode runs on one GPU") and steps
+        late = item["slo_ms"] == 1
+        assert all(("no degree is in time" if late else "in time") in row for row in steps), steps
     ran = [part for answer in answers for part in answer["metrics"]["schedule"]]
     for degree in (1, 2):
         busy_s = sum(
