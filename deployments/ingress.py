@@ -118,7 +118,8 @@ class Ingress:
                     # Serve's own id of the request, which such an answer has in its headers, is in this line too
                     log_request(INFO, name, "is answered with %s", ours.code, outcome=ours.code)
                     raise ours from error
-                log_request(WARNING, name, "lost its cell (%s), trying again", error)
+                kind = type(getattr(error, "cause", None) or error).__name__  # Serve logs the rest
+                log_request(WARNING, name, "lost its cell (%s), trying again", kind)
             # the router may not know yet which cell is dead
             await asyncio.sleep(RESUBMIT_PAUSE_S * 2**attempt)
             await self._wait_for_a_cell()
