@@ -56,6 +56,7 @@ class Run(_Answer):
     gpus: list[int]
     start_s: float
     end_s: float
+    others: int = Field(description="Other requests that were open when it was planned.")
 
 
 class LostRun(_Answer):
@@ -67,6 +68,14 @@ class LostRun(_Answer):
     noticed_s: float
 
 
+class PlannedWithAnswer(_Answer):
+    """Seconds that the plans of this request reckoned with; of a step, by the degrees that it could run at."""
+
+    encode_s: float
+    step_s: dict[int, float]
+    decode_s: float
+
+
 class MetricsAnswer(_Answer):
     stage_durations: StageDurations
     slo_s: float | None
@@ -74,6 +83,8 @@ class MetricsAnswer(_Answer):
     steps: list[Range]
     schedule: list[Run]
     lost: list[LostRun]
+    arrival_s: float = Field(description="Unix seconds.")
+    planned_with: PlannedWithAnswer
     seed: int
     peak_memory_mb: float
     predicted_s: float | None = Field(description="Arrival to end, as the first plan had it.")

@@ -6,6 +6,7 @@ knowledge (`ModelInfo.check`).
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Annotated, Any, Literal
 
@@ -252,8 +253,8 @@ def picture_ids(response_id: str, n: int) -> list[str]:
 
 
 def metrics_body(metrics: Metrics) -> dict[str, Any]:
-    """`metrics` of a response. Durations in seconds; `schedule` in Unix seconds by the replicas' clock, `lost` by
-    the scheduler's."""
+    """`metrics` of a response. Durations in seconds; `schedule` in Unix seconds by the replicas' clock, `lost` and
+    `arrival_s` by the scheduler's."""
     return {
         "stage_durations": {
             "queue": metrics.queue_s,
@@ -269,6 +270,8 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
         ],
         "schedule": [execution._asdict() for execution in metrics.schedule],
         "lost": [lost._asdict() for lost in metrics.lost],
+        "arrival_s": metrics.arrival_s,
+        "planned_with": dataclasses.asdict(metrics.planned_with),
         "seed": metrics.seed,
         "peak_memory_mb": round(metrics.peak_memory_bytes / 2**20, 1),
         "predicted_s": metrics.predicted_s,

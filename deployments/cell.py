@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import os
 import uuid
 from collections.abc import AsyncIterator
+from logging import DEBUG
 from typing import Any
 
 import ray
@@ -15,12 +15,11 @@ from ray import serve
 from ray.exceptions import RayActorError
 
 from deployments.config import AppArgs
+from deployments.logs import LogForm, log_request, logger
 from deployments.meters import Families
 from deployments.scheduler import create_scheduler
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
-
-logger = logging.getLogger("ray.serve")
 
 STATUS_TIMEOUT_S = 1.0
 
@@ -38,6 +37,8 @@ class Cell:
         if group is None:
             raise RuntimeError("Cell needs placement_group_bundles; deploy it through deployments.app:build")
         self._scheduler = create_scheduler(args, group)
+        self._log_form: LogForm | None = None
+        self._hand_on_log_form()
         await self._scheduler.start.remote()
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
@@ -68,10 +69,12 @@ class Cell:
         return await self._scheduler.delete.remote(request_ids)
 
     def _give_up(self, request: GenerateRequest, call_id: str) -> None:
+        identity = request.request_id
+        log_request(DEBUG, identity, "is given up by a caller")
         # Ray cancels whatever a cancelled task has submitted, this call too: make it outside the task's context
         loop = asyncio.get_running_loop()
         cancel = self._scheduler.cancel.remote
-        loop.call_soon(cancel, request.request_id, call_id, context=contextvars.Context())
+        loop.call_soon(cancel, identity, call_id, context=contextvars.Context())
 
     async def model_info(self) -> ModelInfo:
         return await self._scheduler.model_info.remote()
@@ -100,12 +103,20 @@ class Cell:
 
     async def check_health(self) -> None:
         """Serve calls this; it fails when steps stop advancing, not only when a process is dead."""
+        self._hand_on_log_form()
         try:
             await asyncio.wait_for(self._scheduler.check_health.remote(), STUCK_S)
         except (RayActorError, asyncio.TimeoutError):
             # a failed check is repeated before Serve acts on it, a dead replica is replaced at once
             logger.error("the scheduler is gone or stuck: this cell ends")
             os._exit(1)
+
+    def _hand_on_log_form(self) -> None:
+        """Have the actors write their logs as Serve has this replica do, which may change while it runs."""
+        form = LogForm.of_serve()
+        if form != self._log_form:
+            self._log_form = form
+            self._scheduler.write_logs_as.remote(form)
 
 
 def _number() -> int:

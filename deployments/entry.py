@@ -16,6 +16,7 @@ from tetriserve.request import (
     GenerateResult,
     LostRange,
     Metrics,
+    PlannedWith,
     Progress,
     StepRange,
 )
@@ -34,8 +35,8 @@ class Entry:
     """One open request.
 
     Attributes:
-        id: of this run of the request, never used again: parts of an earlier one under the same name, cancelled,
-            may still be in flight.
+        id: the name, "#" and a number: of this run of the request, never used again, for parts of an earlier one
+            under the same name, cancelled, may still be in flight.
         asked: the request as it first came.
         request: with steps filled in.
         callers: the calls that wait for it; when the last one leaves it is given up.
@@ -57,6 +58,7 @@ class Entry:
     request: GenerateRequest
     arrival_s: float
     slo_s: float | None
+    planned_with: PlannedWith
     result: asyncio.Future[GenerateResult]
     callers: set[str] = field(default_factory=set)
     conditioning: Any = None
@@ -162,16 +164,28 @@ class Entry:
             schedule=tuple(schedule),
             lost=tuple(self.lost),
             seed=self.request.seed,
+            arrival_s=self.arrival_s + unix_ahead_s(),
+            planned_with=self.planned_with,
             peak_memory_bytes=self.peak_memory_bytes,
             predicted_s=self.predicted_s,
         )
         return GenerateResult(self.name, image, time.time(), model, metrics)
 
 
+def name_of(entry_id: str) -> str:
+    """What clients know the request by that has this `Entry.id`."""
+    return entry_id.rpartition("#")[0]
+
+
 def executed(assignment: Assignment, reports: list[Report]) -> Execution:
     """A range as it ran."""
     start_s, end_s = together(reports)
-    return Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s)
+    return Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s, assignment.others)
+
+
+def unix_ahead_s() -> float:
+    """Seconds from this process' monotonic clock to Unix time."""
+    return time.time() - time.monotonic()
 
 
 class Kept:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,13 +12,12 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
+from deployments.logs import LogForm, logger
 from deployments.replica import THREADS, GPUReplica, ReplicaInfo
 from solver.placement import gpu_sets, group_sets
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import ModelInfo, Shape
-
-logger = logging.getLogger(__name__)
 
 Measured = Callable[[Shape, int, float], None]
 """Told of every measurement: shape, degree, seconds of a step."""
@@ -47,6 +45,7 @@ class Fleet:
         self._args = args
         self._group = group
         self._replicas: list[Any] = []
+        self._log_form: LogForm | None = None
         self.info: ModelInfo
         self.device = ""
         self.fingerprint = ""
@@ -58,6 +57,12 @@ class Fleet:
 
     def __getitem__(self, gpu: int) -> Any:
         return self._replicas[gpu]
+
+    def write_logs_as(self, form: LogForm) -> None:
+        """Have the replicas, those to come too, write their logs so; until then they do as Ray does by default."""
+        self._log_form = form
+        for replica in filter(None, self._replicas):
+            replica.write_logs_as.remote(form)
 
     async def start(self) -> None:
         """Load the model everywhere and warm the groups of all sets. Raises `ConfigError`."""
@@ -143,7 +148,7 @@ class Fleet:
 
     def _new(self, gpu: int) -> Any:
         cell = self._args.cell
-        return (
+        replica: Any = (
             ray.remote(GPUReplica)
             .options(
                 num_cpus=cell.cpus_per_replica,
@@ -156,6 +161,9 @@ class Fleet:
             )
             .remote(gpu, self._args)
         )
+        if self._log_form is not None:
+            replica.write_logs_as.remote(self._log_form)
+        return replica
 
     def measurable(self) -> list[tuple[Shape, int]]:
         """Every shape and degree of the configuration that the model can run; logs why others cannot.

@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import logging
 import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from logging import DEBUG, INFO, WARNING
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api import as_tetriserve_error
 from deployments.config import AppArgs
 from deployments.keys import load_keys
+from deployments.logs import log_request, logger
 from tetriserve.errors import (
     CellLost,
     GenerationFailed,
@@ -36,8 +37,6 @@ from tetriserve.errors import (
 )
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
-
-logger = logging.getLogger("ray.serve")
 
 STATUS_TIMEOUT_S = 2.0
 """How long a cell may take to say how it is; /health answers within this."""
@@ -102,8 +101,10 @@ class Ingress:
         deadline, while the cells that work on it are lost."""
         request = await self._admit(request)
         arrived_s = time.monotonic()
+        name = request.request_id
         for attempt in itertools.count():
             waited_s = time.monotonic() - arrived_s if attempt else 0.0
+            log_request(DEBUG, name, "goes to a cell")
             try:
                 async with aclosing(submit(dataclasses.replace(request, waited_s=waited_s))) as items:
                     async for item in items:
@@ -113,8 +114,12 @@ class Ingress:
                 # a cell that is still starting turns away what was accepted before
                 lost = _is_lost(error) or (attempt and isinstance(as_tetriserve_error(error), Overloaded))
                 if not lost or attempt == MAX_RESUBMISSIONS:
-                    raise translate(error) from error
-                logger.warning("request %s lost its cell (%s), trying again", request.request_id, error)
+                    ours = translate(error, name)
+                    # Serve's own id of the request, which such an answer has in its headers, is in this line too
+                    log_request(INFO, name, "is answered with %s", ours.code, outcome=ours.code)
+                    raise ours from error
+                kind = type(getattr(error, "cause", None) or error).__name__  # Serve logs the rest
+                log_request(WARNING, name, "lost its cell (%s), trying again", kind)
             # the router may not know yet which cell is dead
             await asyncio.sleep(RESUBMIT_PAUSE_S * 2**attempt)
             await self._wait_for_a_cell()
@@ -260,15 +265,21 @@ def _is_lost(error: Exception) -> bool:
     return any(isinstance(one, RayActorError | ObjectLostError | CellLost) for one in causes)
 
 
-def translate(error: Exception) -> TetriserveError:
-    """The error of ours for whatever came out of a call to the cell; the unexpected ones are logged."""
+def translate(error: Exception, request_id: str | None = None) -> TetriserveError:
+    """The error of ours for whatever came out of a call to the cell; the unexpected ones are logged.
+
+    `request_id` is of the request that the call was about, if it was about one.
+    """
     if isinstance(error, BackPressureError):
         return Overloaded(error.message)
     if isinstance(error, DeploymentUnavailableError):
         return NotReady("no cell is running")
     ours = as_tetriserve_error(error)
     if isinstance(ours, GenerationFailed):
-        logger.warning("a call to the cell failed", exc_info=error)
+        if request_id is None:
+            logger.warning("a call to the cell failed", exc_info=error)
+        else:
+            log_request(WARNING, request_id, "failed in the cell", error=error)
     return ours
 
 

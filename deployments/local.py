@@ -27,6 +27,7 @@ from ray.serve._private.api import serve_start
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.config import AppArgs
+from deployments.logs import logger
 from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.models.embedded import EMBEDDED
 
@@ -199,6 +200,7 @@ def start_ray(cpus: float) -> None:
 
     Ray is told of `cpus` at least, however few cores there are: they are its bookkeeping, not a limit.
     """
+    logger.setLevel(logging.WARNING)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would remember every call for a dashboard that is not there: 60 MiB in an hour (bench/soak.py)
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
@@ -215,7 +217,6 @@ def start_ray(cpus: float) -> None:
 
 def deploy(schema: ServeDeploySchema) -> Any:
     """Start Serve and hand it the file, as `serve run FILE` does. Returns Serve's client."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     client = serve_start(
         http_options=schema.http_options.model_dump(),
         grpc_options=schema.grpc_options.model_dump(),

@@ -6,12 +6,14 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import dataclass
+from logging import DEBUG
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from deployments.config import HTTPArgs
+from deployments.logs import log_request
 
 
 def encode_image(pixels: np.ndarray, output_format: str, quality: int) -> bytes:
@@ -46,6 +48,7 @@ class Pictures:
         """Have a picture for whoever knows its id and its token."""
         self._kept[picture_id, token] = (time.monotonic() + self._ttl_s, picture)
         self._bytes += len(picture.content)
+        log_request(DEBUG, picture_id, "has a picture to be fetched")
         self._forget()
 
     async def get(self, picture_id: str, token: str) -> Picture | None:
@@ -62,3 +65,4 @@ class Pictures:
                 return
             del self._kept[oldest]
             self._bytes -= len(picture.content)
+            log_request(DEBUG, oldest[0], "has its picture forgotten")

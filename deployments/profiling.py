@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import os
 import re
 from pathlib import Path
 
 from deployments.config import AppArgs
 from deployments.fleet import Fleet
+from deployments.logs import logger
 from tetriserve.cache import cache_folder
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
-
-logger = logging.getLogger(__name__)
 
 
 async def fitting_profile(args: AppArgs, fleet: Fleet) -> Profile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Iterable
@@ -11,9 +10,8 @@ from typing import Any, Protocol
 
 from deployments.config import CellArgs
 from deployments.fleet import Fleet
+from deployments.logs import logger
 from tetriserve.scheduler import RoundScheduler
-
-logger = logging.getLogger(__name__)
 
 LOSS_WINDOW_S = 600.0
 """A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""

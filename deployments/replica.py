@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from logging import DEBUG, ERROR, WARNING
 from typing import Any
 
 import ray
 
 from deployments.config import AppArgs
+from deployments.entry import name_of
+from deployments.logs import LogForm, log_request, write_as
 from tetriserve.errors import ConfigError, OutOfMemory
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
 from tetriserve.scheduler import Assignment
-
-logger = logging.getLogger(__name__)
 
 CPU_NICENESS = 10
 """On CPU the replicas yield to the scheduler and the ingress, which share their cores."""
@@ -112,7 +112,6 @@ class GPUReplica:
         self._gpu = gpu
         self._args = args
         self._stores: list[Any] = []
-        logging.basicConfig(level=logging.INFO)
         on_cuda = args.cell.device == "cuda"
         if on_cuda and not torch.cuda.is_available():
             raise ConfigError("cell.device: no CUDA device is visible to this replica; use cpu")
@@ -175,6 +174,10 @@ class GPUReplica:
         fingerprint = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()
         return ReplicaInfo(adapter.info, device, fingerprint)
 
+    def write_logs_as(self, form: LogForm) -> None:
+        """Write what is logged here so."""
+        write_as(form, f"GPUReplica_{self._gpu}")
+
     def info(self) -> ReplicaInfo:
         """What was loaded."""
         return self._info
@@ -226,6 +229,7 @@ class GPUReplica:
         """
         place = assignment.gpus.index(self._gpu)
         (request_id,) = assignment.request_ids
+        name = name_of(request_id)
         try:
             held = _unboxed(conditioning), _unboxed(latents)
         except ray.exceptions.RayError as error:
@@ -236,6 +240,7 @@ class GPUReplica:
 
         def advance() -> Any:
             engine = self._engine
+            log_request(DEBUG, name, "begins %s", assignment)
             # first of all, for nobody can leave a group that the others still build
             group = engine.groups.group(assignment.gpus, epoch, assignment.seq)
             if missing:
@@ -266,9 +271,10 @@ class GPUReplica:
                 return advance()
             except Exception as error:
                 if is_broken_device(error):
-                    logger.error("GPU replica %d ends, its device is broken: %s", self._gpu, error)
+                    log_request(ERROR, name, "met a broken device, GPU replica %d ends: %s", self._gpu, error)
                     os._exit(1)
                 failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
+                log_request(WARNING, name, "failed in %s: %s", assignment, type(error).__name__)
             # only here the traceback is gone that holds the tensors of the failed step
             self._engine.abandon(request_id, assignment.gpus, assignment.seq)
             raise failure

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, cast
 
 import ray
@@ -21,8 +21,9 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
-from deployments.entry import Entry, Kept, executed
+from deployments.entry import Entry, Kept, executed, unix_ahead_s
 from deployments.fleet import Fleet
+from deployments.logs import LogForm, log_request, logger, write_as
 from deployments.meters import Families, Meters
 from deployments.profiling import fitting_profile
 from deployments.recovery import Recovery
@@ -51,11 +52,10 @@ from tetriserve.request import (
     GenerateRequest,
     GenerateResult,
     ModelInfo,
+    PlannedWith,
     Progress,
 )
 from tetriserve.scheduler import Assignment, RoundScheduler
-
-logger = logging.getLogger(__name__)
 
 MIN_DEADLY = 3
 """A request in so many of whose ranges a replica died, and in no fewer than `cell.max_losses`, is taken for the
@@ -84,7 +84,6 @@ class Scheduler:
     """
 
     def __init__(self, args: AppArgs, group: PlacementGroup) -> None:
-        logging.basicConfig(level=logging.INFO)
         self._args = args
         self._fleet = Fleet(args, group)
         self._entries: dict[str, Entry] = {}
@@ -129,6 +128,11 @@ class Scheduler:
         self._failure = ""
         self.spawn(self._plan_forever())
         logger.info("cell is ready: %s on %d x %s", self._info.name, len(self._fleet), self._fleet.device)
+
+    async def write_logs_as(self, form: LogForm) -> None:
+        """Write what is logged here and in the GPU replicas so."""
+        write_as(form, "Scheduler")
+        self._fleet.write_logs_as(form)
 
     # ---- requests -----------------------------------------------------------------------------------------
 
@@ -204,6 +208,8 @@ class Scheduler:
             raise InvalidRequest("request_id", f"{request.request_id!r} is already open")
         elif entry.asked != replace(request, waited_s=0.0):
             raise InvalidRequest("Idempotency-Key", "it was used for another request")
+        else:
+            log_request(DEBUG, entry.name, "is asked for again")
         entry.callers.add(call_id)
         return entry
 
@@ -230,7 +236,8 @@ class Scheduler:
             slo_s = self._args.scheduler.default_slo_scale * alone_s
         arrival_s = now_s - request.waited_s
         result = asyncio.get_running_loop().create_future()
-        entry = Entry(f"{request.request_id}#{next(self._serial)}", asked, request, arrival_s, slo_s, result)
+        identity = f"{request.request_id}#{next(self._serial)}"
+        entry = Entry(identity, asked, request, arrival_s, slo_s, PlannedWith.of(phases), result)
         self._rounds.arrived(
             entry.id,
             phases,
@@ -243,7 +250,7 @@ class Scheduler:
             client=request.client,
         )
         self._entries[entry.id] = self._named[entry.name] = entry
-        arrival_unix_s = arrival_s + _unix_ahead_s()
+        arrival_unix_s = arrival_s + unix_ahead_s()
         self._history.arrived(
             entry.id,
             entry.name,
@@ -255,16 +262,25 @@ class Scheduler:
         )
         if request.waited_s:
             self._meters.resubmitted()
+        self._log_accepted(entry)
         self._wake.set()
         return entry
+
+    def _log_accepted(self, entry: Entry) -> None:
+        request = entry.request
+        shape = f"{request.shape}"
+        if self._profile.profile.interpolates(request.shape):
+            shape += " (step times interpolated)"
+        deadline = "no deadline" if entry.slo_s is None else f"deadline {entry.slo_s:.3f} s"
+        again = f", {request.waited_s:.1f} s after another cell" if request.waited_s else ""
+        what = f"{shape}, {request.num_inference_steps} steps, {deadline}{again}"
+        log_request(INFO, entry.name, "accepted: %s", what)
 
     def _phases(self, request: GenerateRequest) -> tuple[Phase, ...]:
         """The chain of a request, timed by the profile; guidance changes what a step costs."""
         shape, steps = request.shape, request.num_inference_steps
         assert steps is not None
         profile = self._profile.profile
-        if profile.interpolates(shape):
-            logger.info("request %s: step times of %s are interpolated", request.request_id, shape)
         step_s = {
             degree: self._cost(request) * seconds
             for degree, seconds in self._profile.step_s(shape).items()
@@ -292,6 +308,8 @@ class Scheduler:
         else:
             metrics = outcome.metrics
             word = "no_deadline" if metrics.slo_met is None else "met" if metrics.slo_met else "late"
+        total_s = time.monotonic() - entry.arrival_s if metrics is None else metrics.total_s
+        log_request(INFO, entry.name, "ended: %s after %.3f s", word, total_s, outcome=word, total_s=total_s)
         self._meters.ended(word, entry.request.shape, metrics)
         self._history.ended(entry.id, word, time.time())
         if not entry.result.done():
@@ -344,7 +362,7 @@ class Scheduler:
                 plan = self._rounds.commit(snapshot, packing, time.monotonic())
                 self._plan_s.append(time.monotonic() - snapshot.now_s)
                 self._meters.planned(self._plan_s[-1])
-                ahead_s, fell_back = _unix_ahead_s(), self.fallbacks > fallbacks
+                ahead_s, fell_back = unix_ahead_s(), self.fallbacks > fallbacks
                 start_s, boundary_s = snapshot.now_s + ahead_s, plan.boundary_s + ahead_s
                 self._history.planned(Plan(start_s, self._plan_s[-1], fell_back, boundary_s))
                 for assignment in plan.assignments:
@@ -377,6 +395,7 @@ class Scheduler:
         (request_id,) = assignment.request_ids
         entry = self._entries[request_id]
         entry.outstanding += 1
+        log_request(DEBUG, entry.name, "sends out %s", assignment)
         returns = {"encode": 3, "denoise": 2, "decode": 2}[assignment.kind]
         reports, produced = [], []
         for gpu in assignment.gpus:
@@ -441,6 +460,7 @@ class Scheduler:
                 self._fail(entry, assignment, RuntimeError(f"replicas died in {times} of its step ranges"))
             elif gone or short or entry.aborting:
                 self._meters.lost_range(assignment.kind)
+                log_request(WARNING, entry.name, "lost %s", assignment)
                 entry.lose(assignment)
                 entry.roll_back()
             else:
@@ -454,6 +474,7 @@ class Scheduler:
             self._measure(entry, assignment, ran)
             self._history.ran(entry.id, executed(assignment, ran))
             if entry.id in self._entries:
+                log_request(DEBUG, entry.name, "has done %s", assignment)
                 entry.record(assignment, ran)
                 if complete:
                     self._end(entry, entry.finish(produced[0], now_s, self._info.name))
@@ -487,10 +508,8 @@ class Scheduler:
             entry.id, assignment.degree, self._recovery.usable
         )
         if widened:
-            logger.warning(
-                "request %s ran out of memory at degree %d, going on at a higher one",
-                entry.name,
-                assignment.degree,
+            log_request(
+                WARNING, entry.name, "ran out of memory in %s, going on at a higher degree", assignment
             )
         return widened
 
@@ -499,7 +518,7 @@ class Scheduler:
         if entry.id not in self._entries:
             return
         cause = _cause(error)
-        logger.error("request %s failed in %s: %s", entry.name, assignment.kind, error)
+        log_request(ERROR, entry.name, "failed in %s: %s", assignment.kind, error)
         if isinstance(cause, OutOfMemory):
             self._end(entry, OutOfMemory(f"{assignment.kind} ran out of memory: {cause.message}"))
         else:
@@ -590,7 +609,7 @@ class Scheduler:
 
     async def board(self, seconds: float, owner: str | None) -> dict[str, Any]:
         """`History.board`: the last `seconds` and what is committed, as `owner` may see it."""
-        now_s, ahead_s = time.monotonic(), _unix_ahead_s()
+        now_s, ahead_s = time.monotonic(), unix_ahead_s()
         self._boards = {who: kept for who, kept in self._boards.items() if now_s - kept[0] < BOARD_AGE_S}
         if (seconds, owner) in self._boards:
             return self._boards[seconds, owner][1]
@@ -637,11 +656,6 @@ def _cause(error: BaseException) -> BaseException:
 
 def _asked(option: bool | None, default: bool) -> bool:
     return default if option is None else option
-
-
-def _unix_ahead_s() -> float:
-    """Seconds from this process' monotonic clock to Unix time."""
-    return time.time() - time.monotonic()
 
 
 def _quantile(values: Collection[float], share: float) -> float:

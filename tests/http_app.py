@@ -30,6 +30,7 @@ from tetriserve.request import (
     LostRange,
     Metrics,
     ModelInfo,
+    PlannedWith,
     Progress,
     Shape,
     StepRange,
@@ -183,9 +184,24 @@ class Cell:
         seed = 7 if request.seed is None else request.seed
         met = None if request.slo_s is None else slow < request.slo_s
         steps = (StepRange(6, 1, (0,)), StepRange(2, 2, (0, 1)))
-        ran = Execution("denoise", 4, (0,), 1700000000.0, 1700000000.3)
+        ran = Execution("denoise", 4, (0,), 1700000000.0, 1700000000.3, others=3)
         metrics = Metrics(
-            0.1, 0.2, 0.3, 0.4, 1 + slow, 0.9, request.slo_s, met, steps, (ran,), seed, 3 << 20, LOST, 1.5
+            queue_s=0.1,
+            encode_s=0.2,
+            denoise_s=0.3,
+            decode_s=0.4,
+            total_s=1 + slow,
+            inference_s=0.9,
+            slo_s=request.slo_s,
+            slo_met=met,
+            steps=steps,
+            schedule=(ran,),
+            seed=seed,
+            arrival_s=1699999999.5,
+            planned_with=PlannedWith(0.2, {1: 0.05, 2: 0.03}, 0.4),
+            peak_memory_bytes=3 << 20,
+            lost=LOST,
+            predicted_s=1.5,
         )
         image = np.full((request.height, request.width, 3), 128, np.uint8)
         return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)

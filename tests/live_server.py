@@ -84,10 +84,16 @@ class Server:
         assert alive == [], f"left running: {alive}"
 
 
-def write_config(root: Path, profile: dict[str, Any] | None = None, ingresses: int = 1, **cell: Any) -> Path:
+def write_config(
+    root: Path,
+    profile: dict[str, Any] | None = None,
+    ingresses: int = 1,
+    logging: dict[str, Any] | None = None,
+    **cell: Any,
+) -> Path:
     """A cluster config in `root`: two CPU replicas of a tiny FLUX; `cell` adds to its `cell` section.
 
-    `profile` takes the place of what the server would measure.
+    `profile` takes the place of what the server would measure, `logging` is Serve's `logging_config`.
     """
     args: dict[str, Any] = {
         "model": {
@@ -112,12 +118,14 @@ def write_config(root: Path, profile: dict[str, Any] | None = None, ingresses: i
     if profile is not None:
         args["profile"] |= {"path": str(root / "profile.yaml"), "correct": False}
         (root / "profile.yaml").write_text(yaml.safe_dump(profile))
-    application = {
+    application: dict[str, Any] = {
         "name": "tetriserve",
         "route_prefix": "/",
         "import_path": "deployments.app:build",
         "args": args,
     }
+    if logging is not None:
+        application["logging_config"] = logging
     path = root / "test.yaml"
     path.write_text(yaml.safe_dump({"applications": [application]}))
     return path

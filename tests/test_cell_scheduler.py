@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from deployments.config import AppArgs
+from deployments.logs import logger
 from deployments.scheduler import Scheduler
 from solver.problem import Job, Packing, Phase, Snapshot
 from tetriserve.engine.report import Report
@@ -156,6 +159,33 @@ def test_a_cell_that_is_starting_is_not_ready() -> None:
         await scheduler.check_health()  # starting is not broken
 
     asyncio.run(run())
+
+
+def test_a_request_has_two_lines_in_the_log_and_its_prompt_is_in_none(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        scheduler = ready()
+        asked = GenerateRequest("a secret circle", 256, 512, 8, seed=0, request_id="a", slo_s=5.0)
+        entry = scheduler._join(asked, "call")
+        assert scheduler._join(replace(asked, repeatable=True, request_id="b"), "one")
+        part = Assignment(0, (entry.id,), "denoise", (0,), 0, 8, 0.0, 1.0, (-1,))
+        entry.record(part, [Report(0.0, 1.0, 0.0, 0)])
+        scheduler._end(entry, entry.finish("picture", entry.arrival_s + 5.5, "m"))
+        await scheduler.cancel("b", "one")
+
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    with caplog.at_level(logging.INFO, logger.name):
+        asyncio.run(run())
+    assert [record.tetriserve_request_id for record in caplog.records] == ["a", "b", "a", "b"]
+    accepted, _, late, cancelled = caplog.messages
+    assert accepted == "request a accepted: 256x512 (step times interpolated), 8 steps, deadline 5.000 s"
+    assert late == "request a ended: late after 5.500 s"
+    assert cancelled.startswith("request b ended: cancelled after 0.")
+    outcomes = [getattr(record, "tetriserve_outcome", None) for record in caplog.records]
+    assert outcomes == [None, None, "late", "cancelled"]
+    assert "secret" not in caplog.text
 
 
 def test_a_stream_begins_with_the_first_plan_and_skips_what_its_reader_was_too_slow_for() -> None:

@@ -153,6 +153,7 @@ class Server(BaseHTTPRequestHandler):
 
     status = 200
     failure = ""
+    changed: dict[str, Any] = {}  # noqa: RUF012
     seen: list[dict[str, Any]]
 
     def do_POST(self) -> None:
@@ -168,7 +169,17 @@ class Server(BaseHTTPRequestHandler):
                 {"steps": 8, "degree": 1, "gpus": [0]},
                 {"steps": 12, "degree": 2, "gpus": [0, 1]},
             ],
-        }
+            "stage_durations": {"total": 5.5},
+            "schedule": [
+                {"kind": "denoise", "steps": 8, "gpus": [0], "start_s": 100.0, "end_s": 103.2, "others": 2},
+                {"kind": "denoise", "steps": 12, "gpus": [0, 1], "start_s": 103.2, "end_s": 105.5}
+                | {"others": 0},
+            ],
+            "lost": [],
+            "predicted_s": 4.9,
+            "arrival_s": 100.0,
+            "planned_with": {"encode_s": 0.0, "step_s": {"1": 0.4, "2": 0.15}, "decode_s": 0.0},
+        } | self.changed
         picture = {"b64_json": base64.b64encode(file.getvalue()).decode(), "size": "64x96"}
         events: list[dict[str, Any]] = []
         for index in reversed(range(body["n"])):
@@ -200,8 +211,11 @@ class Server(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def http_server(status: int = 200, failure: str = "") -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    handler = type("Handler", (Server,), {"status": status, "failure": failure, "seen": []})
+def http_server(
+    status: int = 200, failure: str = "", **changed: Any
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    settings = {"status": status, "failure": failure, "changed": changed, "seen": []}
+    handler = type("Handler", (Server,), settings)
     server = HTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler.seen  # type: ignore[attr-defined]
@@ -234,6 +248,34 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first.endswith("deadline 5 s missed")
     assert second == "  8 steps SP1 [0] -> 12 steps SP2 [0,1]"
     assert Image.open(out).format == "JPEG"
+
+
+def test_generate_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "x.png"
+    with http_server() as (url, _):
+        assert main(["generate", "x", "--verbose", "--out", str(out), "--url", url]) == 0
+    _, path, head, first, second, end = capsys.readouterr().out.splitlines()
+    assert path.startswith("  8 steps SP1")
+    assert head.split() == "start s seconds steps degree GPUs end s spare s why".split()
+    assert first.split(maxsplit=7) == [
+        *"0.000 3.200 8 1 0 8.000 -3.000".split(),
+        "to the end at 1 would be 3 s late, at 2 in time; a wider range follows",
+    ]
+    assert second.split(maxsplit=7) == [
+        *"3.200 2.300 12 2 0,1 5.000 +0.000".split(),
+        "degree 2 is in time and costs the fewest GPU-seconds; took 0.5 s longer than planned",
+    ]
+    assert end == "  done after 5.500 s, 0.5 s behind the deadline; the first plan had it done after 4.900 s"
+
+
+def test_generate_from_a_server_that_does_not_say_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.png"
+    with http_server(planned_with={}) as (url, _):
+        assert main(["generate", "x", "--verbose", "--out", str(out), "--url", url]) == 1
+    assert "does not say what --verbose needs: 'step_s'" in capsys.readouterr().err
+    assert out.exists()
 
 
 def test_generate_several(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from live_server import Server, write_config
 
 from deployments.config import AppArgs
+from deployments.logs import FIELDS
 from deployments.meters import Meters
 from tetriserve.request import CellStatus
 
@@ -87,7 +88,7 @@ def test_every_knob_is_explained_and_no_other() -> None:
 
 def test_metrics_that_are_named_exist() -> None:
     families = Meters([]).families(CellStatus(True, "", 1, 1, 0, 0, "ilp"), 0)
-    known = {family.name + "_total" * (family.type == "counter") for family in families}
+    known = {family.name + "_total" * (family.type == "counter") for family in families} | set(FIELDS)
     for document in [*DOCS, ROOT / "README.md"]:
         named = set(re.findall(r"\btetriserve_\w*\w", document.read_text()))
         assert named <= known, document.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from deployments.entry import Entry
-from tetriserve.request import GenerateRequest
+from tetriserve.request import GenerateRequest, PlannedWith
 from tetriserve.scheduler import Assignment
 
 
@@ -14,7 +14,10 @@ def entry() -> Entry:
     loop = asyncio.new_event_loop()
     result = loop.create_future()
     loop.close()
-    one = Entry("r", request, request, 0.0, None, result, conditioning="text", latents="after step 2")
+    planned_with = PlannedWith(0.0, {1: 0.1}, 0.0)
+    one = Entry(
+        "r#0", request, request, 0.0, None, planned_with, result, conditioning="text", latents="after step 2"
+    )
     one.committed_latents = "after step 1"
     one.touched, one.knows, one.holders = {0, 1}, {0, 1}, {1}
     return one

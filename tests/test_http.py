@@ -29,6 +29,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api import ImageRequest
 from deployments.ingress import MAX_RESUBMISSIONS
+from deployments.logs import logger
 from tetriserve import errors
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 
@@ -61,8 +62,17 @@ def test_response_has_every_field_of_the_contract() -> None:
         {"steps": 2, "degree": 2, "gpus": [0, 1]},
     ]
     assert metrics["schedule"] == [
-        {"kind": "denoise", "steps": 4, "gpus": [0], "start_s": 1700000000.0, "end_s": 1700000000.3}
+        {
+            "kind": "denoise",
+            "steps": 4,
+            "gpus": [0],
+            "start_s": 1700000000.0,
+            "end_s": 1700000000.3,
+            "others": 3,
+        }
     ]
+    assert metrics["planned_with"] == {"encode_s": 0.2, "step_s": {"1": 0.05, "2": 0.03}, "decode_s": 0.4}
+    assert metrics["arrival_s"] == 1699999999.5
     assert metrics["lost"] == [{"kind": "denoise", "steps": 2, "gpus": [1], "noticed_s": 1700000000.1}]
     assert body["peak_memory_mb"] == metrics["peak_memory_mb"] == body["usage"]["peak_memory_mb"] == 3
     [item] = body["data"]
@@ -472,7 +482,8 @@ def test_keys_and_prompts_stay_out_of_logs_and_answers(
 ) -> None:
     monkeypatch.setenv("LAB_KEYS", KEYS)
     secrets = ["first-key-0123456789", "second-key-9876543210", "wrong-key-0123456789", "a secret circle"]
-    with caplog.at_level(logging.DEBUG):
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, logger.name):
         for error in (None, RuntimeError("boom"), errors.OutOfMemory("decode ran out of memory")):
             for key in secrets[:3]:
                 answer = ask(
@@ -485,7 +496,7 @@ def test_keys_and_prompts_stay_out_of_logs_and_answers(
                 )
                 assert answer.status_code == (401 if key in secrets[2] else 500 if error else 200)
                 assert not any(secret in answer.text for secret in secrets)
-    assert caplog.records
+    assert "goes to a cell" in caplog.text and "is answered with out_of_memory" in caplog.text
     assert not any(secret in caplog.text for secret in secrets)
 
 

@@ -402,7 +402,7 @@ def test_predicted_finish() -> None:
             scheduler.finished(assignment.seq, 4.0)
         scheduler.policy = Script(entry)
         plan = scheduler.plan(4.0)
-    assert [assignment.kind for assignment in plan.assignments] == ["decode"]
+    assert [(assignment.kind, assignment.others) for assignment in plan.assignments] == [("decode", 1)]
     assert scheduler.predicted_finish_s("a", 4.0) == pytest.approx(4.1)
     for gpu in (0, 1):
         scheduler.gpu_lost(gpu)

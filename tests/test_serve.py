@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,11 +26,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from schedule_checker import Chain, violations
 
 from solver.problem import Entry, Phase
+from tetriserve.explain import of_metrics
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("serve"))
+    root = tmp_path_factory.mktemp("serve")
+    logging = {"encoding": "JSON", "log_level": "DEBUG", "logs_dir": str(root / "logs")}
+    return write_config(root, logging=logging)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,8 @@ def test_mixed_load_gives_the_pictures_of_lone_requests(server: Server) -> None:
     for request, path in zip(load, paths, strict=True):
         assert sum(part["steps"] for part in path) == request["num_inference_steps"]
         assert all(part["degree"] == len(part["gpus"]) for part in path)
+    others = {part["others"] for answer in answers for part in answer["metrics"]["schedule"]}
+    assert 5 < max(others) < len(load)
     degrees = [{part["degree"] for part in path} for path in paths]
     large_s = httpx.get(f"{server.url}/v1/profile").json()["step_seconds"]["1024x1024"]
     if large_s["2"] < 0.8 * large_s["1"]:  # on a busy machine it may not
@@ -118,6 +124,20 @@ def test_metrics_agree_with_what_was_answered(server: Server) -> None:
     for phase in ("encode", "denoise", "decode", "total"):
         spent_s = sum(answer["metrics"]["stage_durations"][phase] for answer in answers[:2])
         assert change("tetriserve_phase_seconds_sum", "0", phase, "256x256") == pytest.approx(spent_s)
+    profile = httpx.get(f"{server.url}/v1/profile").json()
+    for item, answer in zip(sent, answers, strict=True):  # `--verbose` reads these
+        metrics = answer["metrics"]
+        planned_s = metrics["planned_with"]["step_s"]
+        assert planned_s.keys() == {"1", "2"}
+        assert planned_s["1"] == pytest.approx(profile["step_seconds"][item["size"]]["1"], rel=0.5)
+        begins_s, ends_s = metrics["schedule"][0]["start_s"], metrics["schedule"][-1]["end_s"]
+        assert 0 < begins_s - metrics["arrival_s"] < 1
+        total_s = metrics["stage_durations"]["total"]
+        assert ends_s - metrics["arrival_s"] == pytest.approx(total_s, abs=0.2)
+        _, encode, *steps, _decode, _end = of_metrics(metrics)
+        assert encode.endswith("encode runs on one GPU") and steps
+        late = item["slo_ms"] == 1
+        assert all(("no degree is in time" if late else "in time") in row for row in steps), steps
     ran = [part for answer in answers for part in answer["metrics"]["schedule"]]
     for degree in (1, 2):
         busy_s = sum(
@@ -214,6 +234,38 @@ def test_a_repeated_post_gets_the_same_result(server: Server) -> None:
     other = httpx.post(f"{server.url}/v1/images/generations", json={**item, "seed": 5}, headers=headers)
     assert other.status_code == 400 and other.json()["error"]["param"] == "Idempotency-Key"
     wait_until(lambda: server.health()["cells"][0]["open_requests"] == 0)
+
+
+def test_a_request_can_be_followed_through_the_logs(server: Server, config: Path) -> None:
+    """By its id, over all processes, in lines of JSON; what it asked for is in none of them."""
+
+    def lines() -> list[dict[str, Any]]:
+        files = (config.parent / "logs").glob("*.log*")
+        rows = [
+            json.loads(line) | {"file": re.sub("^replica_tetriserve_", "", file.name).split("_")[0]}
+            for file in files
+            for line in file.read_text().splitlines()
+        ]
+        return [row for row in rows if row.get("tetriserve_request_id") == name]
+
+    headers = {"Idempotency-Key": "a key of order 66", "X-Request-Id": "client-66"}
+    item = body("512x512", 66, slo_ms=60_000, response_format="url")
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=item, headers=headers, timeout=60)
+    name = answer.json()["id"]
+    wait_until(lambda: {row["file"] for row in lines()} == {"Ingress", "Scheduler", "GPUReplica", "Pictures"})
+    infos = [row for row in lines() if row["levelname"] != "DEBUG"]
+    assert [(row["file"], row["levelname"]) for row in infos] == [("Scheduler", "INFO")] * 2
+    accepted, ended = infos
+    assert accepted["message"] == f"request {name} accepted: 512x512, 6 steps, deadline 60.000 s"
+    assert ended["message"].startswith(f"request {name} ended: met after ")
+    assert ended["tetriserve_outcome"] == "met"
+    assert ended["tetriserve_total_s"] == pytest.approx(float(answer.headers["x-finish-s"]), rel=1e-3)
+    # what the client calls it leads to what it is called here
+    assert {row["request_id"] for row in lines() if row["file"] == "Ingress"} == {"client-66"}
+    ran = [row["message"] for row in lines() if row["file"] == "GPUReplica"]
+    assert len(ran) == sum(len(part["gpus"]) for part in answer.json()["metrics"]["schedule"])
+    text = "".join(file.read_text() for file in (config.parent / "logs").glob("*.log*"))
+    assert item["prompt"] not in text and "order 66" not in text
 
 
 def test_what_cannot_be_on_time_is_turned_away_when_asked(server: Server) -> None:

@@ -268,6 +268,31 @@ def test_the_command_writes_result_timeline_and_board(tmp_path: Path) -> None:
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_says_why_a_request_ran_as_it_did(tmp_path: Path) -> None:
+    """Alone on 8 GPUs, then beside one whose deadline takes all of them."""
+    trace = [
+        TraceRequest("calm", 0.0, 1024, 1024, 10, slo_s=5.0, drop_late=True),
+        TraceRequest("hurried", 5.0, 2048, 2048, 10, slo_s=1.4),
+        TraceRequest("hopeless", 5.1, 2048, 2048, 10, slo_s=1.3, drop_late=True),
+    ]
+    write_trace(tmp_path / "t.jsonl", trace)
+    files = ["--trace", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "result.json")]
+
+    def why(name: str) -> list[str]:
+        done = run("simulate", "--profile", str(H100), *files, "--policy", "ilp", "--verbose", name)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split("\n\n")[1].splitlines()
+
+    title, _, only, end = why("calm")
+    assert title == "calm  1024x1024  10 steps  deadline 5 s"
+    assert "1 would be in time for" in only and only.endswith("no other request was open")
+    assert end.startswith("  done after ") and end.endswith("s before the deadline")
+    hurried = why("hurried")
+    assert " 0,1,2,3,4,5,6,7 " in hurried[2]
+    assert hurried[2].endswith("s late, 8 is the cheapest in time")
+    assert why("hopeless")[-1] == "  given up"
+
+
 def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     good, empty, huge = tmp_path / "t.jsonl", tmp_path / "empty.jsonl", tmp_path / "huge.jsonl"
     write_trace(good, tiny()[0])
@@ -284,6 +309,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         (good, ["--out", str(tmp_path)], "is a folder"),
         (good, ["--plot", str(tmp_path / "board.txt")], "suffix"),
         (good, ["--profile", str(tmp_path / "none.yaml")], "none.yaml"),
+        (good, ["--verbose", "r9"], "r9: "),
     ]:
         done = run("simulate", "--profile", str(H100), "--trace", str(trace), "--out", out, *more)
         assert done.returncode == 2 and done.stdout == "", done.stderr

@@ -52,7 +52,7 @@ def generate(options: argparse.Namespace) -> int:
         "slo_ms": None if options.slo is None else options.slo * 1000,
     }
     present = {name: value for name, value in body.items() if value is not None}
-    print("\n".join(generate(options.url, present, out, preview)))
+    print("\n".join(generate(options.url, present, out, preview, verbose=options.verbose)))
     return 0
 
 
@@ -101,8 +101,10 @@ def workload(options: argparse.Namespace) -> int:
 def simulate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from tetriserve.explain import of_result
     from tetriserve.metrics import result_of, summary_table, write_json
     from tetriserve.plot import draw_board
+    from tetriserve.request import PlannedWith
     from tetriserve.simulate import Disturbance, named_policy, simulate
     from tetriserve.timeline import timeline
 
@@ -115,6 +117,9 @@ def simulate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--plot {options.plot}: the suffix must be .png, .svg or .pdf")
     policy = named_policy(options.policy, options.gpus, options.plan_limit_ms / 1000, options.round_steps)
     profile, trace = _profile_and_trace(options)
+    explained = next((request for request in trace if request.id == options.verbose), None)
+    if options.verbose is not None and explained is None:
+        raise ConfigError(f"--verbose {options.verbose}: {options.trace} has no such request")
     disturbance = Disturbance(options.switch_ms / 1000, options.jitter, options.seed)
     with tqdm(total=len(trace), desc=policy.name, unit="request", delay=2) as bar:
         done = simulate(trace, profile, policy, options.gpus, disturbance=disturbance, on_settled=bar.update)
@@ -125,6 +130,12 @@ def simulate(options: argparse.Namespace) -> int:
     if options.plot is not None:
         draw_board(result, options.gpus, options.plot)
     print(summary_table(result["summary"]))
+    if explained is not None:
+        planned = PlannedWith.of(explained.chain(profile, options.gpus))
+        steps, slo_s = explained.num_inference_steps, explained.slo_s
+        deadline = "no deadline" if slo_s is None else f"deadline {slo_s:.3g} s"
+        print(f"\n{explained.id}  {explained.shape}  {steps} steps  {deadline}")
+        print("\n".join(of_result(result, explained.id, planned, steps)))
     return 0
 
 
@@ -248,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=int, default=1, help="number of pictures (default: %(default)s)")
     sub.add_argument("--out", type=Path, default=Path("tetriserve.png"), help="default: %(default)s")
     sub.add_argument("--preview", type=Path, metavar="FILE", help="write rough pictures there on the way")
+    sub.add_argument("--verbose", action="store_true", help="say why each step range ran at its degree")
     sub.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
 
     sub = command(
@@ -316,6 +328,9 @@ def _parser() -> argparse.ArgumentParser:
         "--timeline", type=Path, metavar="JSON", help="also write trace events for ui.perfetto.dev"
     )
     sub.add_argument("--plot", type=Path, metavar="PNG", help="also draw the board, GPU x time")
+    sub.add_argument(
+        "--verbose", metavar="REQUEST_ID", help="say why each step range of that request ran at its degree"
+    )
 
     sub = command(
         "bench",

@@ -40,7 +40,9 @@ class ServerError(TetriserveError):
     """The server could not be reached or answered with an error; one line says which."""
 
 
-def generate(url: str, body: dict[str, Any], out: Path, preview: Path | None = None) -> list[str]:
+def generate(
+    url: str, body: dict[str, Any], out: Path, preview: Path | None = None, *, verbose: bool = False
+) -> list[str]:
     """Ask the server at `url` for pictures and write them; a bar of steps on stderr where that is a terminal.
 
     Args:
@@ -49,6 +51,7 @@ def generate(url: str, body: dict[str, Any], out: Path, preview: Path | None = N
         out: file of the picture; several pictures get "-0", "-1", ... before the suffix, which must be one
             of `FORMATS`.
         preview: file that each preview is written to as it comes, named in the same way; of the same format as `out`.
+        verbose: also say of each step range why it ran at its degree.
 
     Returns the lines to print. Raises `ServerError`.
     """
@@ -76,6 +79,8 @@ def generate(url: str, body: dict[str, Any], out: Path, preview: Path | None = N
                 _write(file, event)
                 elapsed_s = time.monotonic() - start_s
                 lines[picture] = describe(str(file), event["size"], elapsed_s, event["metrics"])
+                if verbose:
+                    lines[picture] += _explained(url, event["metrics"])
     if len(lines) < n:
         raise ServerError(f"{url} ended the stream after {len(lines)} of {n} pictures")
     return [line for picture in range(n) for line in lines[picture]]
@@ -103,6 +108,15 @@ def describe(file: str, size: str, elapsed_s: float, metrics: dict[str, Any]) ->
         for part in metrics["steps"]
     )
     return [f"{file}  {size}  seed {metrics['seed']}  {elapsed_s:.2f} s  {deadline}", f"  {path}"]
+
+
+def _explained(url: str, metrics: dict[str, Any]) -> list[str]:
+    from tetriserve.explain import of_metrics  # brings numpy along
+
+    try:
+        return of_metrics(metrics)
+    except KeyError as error:
+        raise ServerError(f"{url} does not say what --verbose needs: {error}") from None
 
 
 def live_profile(url: str) -> Profile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,6 +10,8 @@ from tetriserve.errors import InvalidRequest
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from solver.problem import Phase
 
 
 class Shape(NamedTuple):
@@ -184,13 +187,17 @@ class StepRange(NamedTuple):
 
 
 class Execution(NamedTuple):
-    """One committed range as it ran; Unix seconds by the replica's clock."""
+    """One committed range as it ran; Unix seconds by the replica's clock.
+
+    `others` is how many other requests were open when it was planned.
+    """
 
     kind: str
     steps: int
     gpus: tuple[int, ...]
     start_s: float
     end_s: float
+    others: int = 0
 
 
 class LostRange(NamedTuple):
@@ -206,6 +213,23 @@ class LostRange(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PlannedWith:
+    """What the plans of a request reckon with: seconds of encode, of decode, and of a denoising step at each degree
+    that it may run at."""
+
+    encode_s: float
+    step_s: Mapping[int, float]
+    decode_s: float
+
+    @classmethod
+    def of(cls, phases: Iterable[Phase]) -> PlannedWith:
+        """Of a chain in which encode and decode may be missing."""
+        step_s = {phase.kind: phase.step_s for phase in phases}
+        none = {1: 0.0}
+        return cls(step_s.get("encode", none)[1], dict(step_s["denoise"]), step_s.get("decode", none)[1])
+
+
+@dataclass(frozen=True)
 class Metrics:
     """What happened to one request. Durations in seconds; `denoise_s` is time on GPUs, pauses excluded.
 
@@ -215,6 +239,7 @@ class Metrics:
         steps: neighbouring ranges on the same GPUs in one.
         schedule: every range by itself, encode and decode too.
         lost: ranges that had to be run again; those of a lost cell are not known to the next one.
+        arrival_s: Unix seconds by the scheduler's clock.
         predicted_s: time from arrival to the end as the first plan had it; None when it could not say.
     """
 
@@ -229,6 +254,8 @@ class Metrics:
     steps: tuple[StepRange, ...]
     schedule: tuple[Execution, ...]
     seed: int
+    arrival_s: float
+    planned_with: PlannedWith
     peak_memory_bytes: int = 0
     lost: tuple[LostRange, ...] = ()
     predicted_s: float | None = None

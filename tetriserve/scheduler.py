@@ -30,6 +30,7 @@ class Assignment:
         first_step: index of the first denoising step; 0 for encode and decode.
         start_s, end_s: predicted, on the caller's clock.
         after: for each GPU of `gpus`, the `seq` of the assignment before this one there, -1 for none.
+        others: how many other requests were open.
     """
 
     seq: int
@@ -41,6 +42,10 @@ class Assignment:
     start_s: float
     end_s: float
     after: tuple[int, ...]
+    others: int = 0
+
+    def __str__(self) -> str:
+        return f"range {self.seq}, {self.steps} steps of {self.kind} on GPUs {', '.join(map(str, self.gpus))}"
 
     @property
     def degree(self) -> int:
@@ -492,6 +497,7 @@ class RoundScheduler:
             start_s=start_s,
             end_s=end_s,
             after=tuple(self._last_seq[gpu] for gpu in entry.gpus),
+            others=len(self._open) - 1,
         )
         self._seq += 1
         self._running[assignment.seq] = assignment
