@@ -1,4 +1,4 @@
-"""A scene as a picture of any size: flat colours, smooth edges, places and sizes relative to the picture."""
+"""A scene as a picture of any size: colours in soft light, smooth edges, places and sizes relative to the picture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from tetriserve.models.embedded.grammar import COLOURS, Scene
 
 EXTENT = {"small": 0.21, "large": 0.36}  # of the picture's short side
+LIGHT = 24  # of 255, at most
+WAVES = 3
 _PLACES = {  # (y, x) of the first and the second thing, as shares of height and width
     None: ((0.5, 0.5),),
     "left of": ((0.5, 0.25), (0.5, 0.75)),
@@ -25,23 +27,32 @@ def draw(
     choice: random.Random,
     window: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-    """uint8 [height, width, 3]. `choice` moves the scene by up to 1/32 of the picture each way.
+    """uint8 [height, width, 3], with `window` (top, left, rows, columns) only that part.
 
-    With `window` (top, left, rows, columns) only that part is drawn.
+    `choice` decides how light falls. That is all in which pictures of one prompt differ, because a small model can
+    settle it place by place. When the whole scene moved instead, parts of one edge settled for different moves.
     """
     top, left, rows, columns = window or (0, 0, height, width)
     y = np.arange(top, top + rows, dtype=np.float32)[:, None] + 0.5
     x = np.arange(left, left + columns, dtype=np.float32)[None, :] + 0.5
     picture: np.ndarray = np.broadcast_to(_rgb(scene.background), (rows, columns, 3))
-    moved_y, moved_x = choice.randint(-1, 1) / 32, choice.randint(-1, 1) / 32
     for thing, (place_y, place_x) in zip(scene.things, _PLACES[scene.relation], strict=True):
-        center_y = (place_y + moved_y) * height
-        center_x = (place_x + moved_x) * width
         extent = EXTENT[thing.size] * min(height, width)
-        distance = _distance(thing.shape, y - center_y, x - center_x, extent)
+        distance = _distance(thing.shape, y - place_y * height, x - place_x * width, extent)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
         picture = picture + cover * (_rgb(thing.colour) - picture)
-    return np.round(picture).astype(np.uint8)
+    light = _light(y / height, x / width, choice)[..., None]
+    return np.clip(np.round(picture + light), 0, 255).astype(np.uint8)
+
+
+def _light(y: np.ndarray, x: np.ndarray, choice: random.Random) -> np.ndarray:
+    """What to add to colours at (y, x), shares of the picture: waves that cross it once or twice."""
+    total = np.zeros(np.broadcast_shapes(y.shape, x.shape), dtype=np.float32)
+    for _ in range(WAVES):
+        waves_y, waves_x = choice.choice([(a, b) for a in range(3) for b in range(-2, 3) if a or b])
+        phase = choice.random()
+        total += LIGHT / WAVES * np.cos(2 * np.pi * (waves_y * y + waves_x * x + phase))
+    return total
 
 
 def _rgb(colour: str) -> np.ndarray:
