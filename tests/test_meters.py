@@ -15,10 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.meters import Families, Meters
 from tetriserve.engine.report import Report
-from tetriserve.request import CellStatus, Metrics, Shape
+from tetriserve.request import CellStatus, Metrics, PlannedWith, Shape
 
 PROMTOOL = shutil.which("promtool")
-TOOK = Metrics(0.1, 0.2, 0.3, 0.4, 1.0, 0.9, None, None, (), (), 1, 1 << 20)
+PLANNED_WITH = PlannedWith(0.2, {1: 0.03}, 0.4)
+TOOK = Metrics(0.1, 0.2, 0.3, 0.4, 1.0, 0.9, None, None, (), (), 1, 0.0, PLANNED_WITH, 1 << 20)
 SMALL, LARGE, ODD = Shape(256, 256), Shape(1024, 1024), Shape(384, 640)
 
 
