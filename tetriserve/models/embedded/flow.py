@@ -63,6 +63,20 @@ STAGES: list[tuple[float, dict[tuple[int, int, int], float]]] = [
         },
     ),
 ]
+REFINING: list[tuple[float, dict[tuple[int, int, int], float]]] = [
+    (
+        0.0,
+        {
+            (128, 128, 0): 0.5,
+            (256, 256, 0): 1,
+            (512, 512, 0): 5,
+            (1024, 512, 1024): 1,
+            (512, 1024, 1024): 1,
+            (1024, 1024, 1024): 2,
+        },
+    ),
+]
+"""For a model that draws well up to 256 px."""
 
 
 class Pool:

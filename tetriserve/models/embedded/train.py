@@ -5,8 +5,13 @@
     python -m tetriserve.models.embedded.train export [--light]
 
 In that order; `export` writes the folder that is shipped, at any time of the training. A run that was cut goes
-on from its last checkpoint when the same command is given again. On two CPU cores: about ten minutes for
-the VAE, an hour for the transformer, half of that for the light one.
+on from its last checkpoint when the same command is given again.
+
+    python -m tetriserve.models.embedded.train restore [--light]
+    python -m tetriserve.models.embedded.train transformer --refine [--light]
+
+`restore` makes checkpoints of the shipped weights, on a machine that has none; `--refine` trains them further, on
+the pictures of the last stage only and at a third of the rate.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxPipeline
 
 from tetriserve.cache import cache_folder
 from tetriserve.models.embedded import embedded_folder
@@ -28,8 +34,8 @@ from tetriserve.models.embedded.build import (
     make_vae,
     start_easy,
 )
-from tetriserve.models.embedded.flow import PICTURES, FlowMatching, Pool
-from tetriserve.models.embedded.trainer import Trainer
+from tetriserve.models.embedded.flow import PICTURES, REFINING, STAGES, FlowMatching, Pool
+from tetriserve.models.embedded.trainer import Trainer, begin
 
 FULL: dict[str, Any] = {"heads": 8, "head_dim": 16, "double_blocks": 2, "single_blocks": 4}
 LIGHT: dict[str, Any] = {"heads": 4, "head_dim": 16, "double_blocks": 1, "single_blocks": 3}
@@ -39,8 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("vae", "pictures", "transformer", "export"))
+    parser.add_argument("part", choices=("vae", "pictures", "transformer", "export", "restore"))
     parser.add_argument("--light", action="store_true", help="the variant with a quarter of the compute")
+    parser.add_argument("--refine", action="store_true", help="train what `restore` brought back")
     parser.add_argument("--steps", type=int, help="of the whole training")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -57,8 +64,10 @@ def main() -> None:
         for (height, width), count in PICTURES.items():
             Pool(folder, load_vae(folder), make_text_stack(width=64), height, width, count)
     elif options.part == "transformer":
-        trainer = transformer_trainer(folder, options.light, options.steps or 24000, options.device)
-        trainer.run()
+        steps = options.steps or 24000
+        transformer_trainer(folder, options.light, steps, options.device, options.refine).run()
+    elif options.part == "restore":
+        restore(folder, options.light)
     else:
         export(folder, options.light)
 
@@ -78,18 +87,35 @@ def load_vae(folder: Path) -> Any:
     return vae
 
 
-def transformer_trainer(folder: Path, light: bool, steps: int, device: str) -> Trainer:
+def transformer_trainer(folder: Path, light: bool, steps: int, device: str, refine: bool) -> Trainer:
     text, model = _parts(light)
     model.to(device)
-    task = FlowMatching(model, load_vae(folder), text, folder, steps=steps)
+    stages = REFINING if refine else STAGES
+    task = FlowMatching(model, load_vae(folder), text, folder, steps=steps, stages=stages)
     return Trainer(
         model,
         task.loss,
         _checkpoint(folder, light),
         steps=steps,
-        learning_rate=2e-3,
+        learning_rate=7e-4 if refine else 2e-3,
         after_step=task.after_step,
     )
+
+
+def restore(folder: Path, light: bool) -> None:
+    """Begin from the shipped weights: checkpoints at step 0, for the VAE and for what is trained together.
+
+    Raises `FileExistsError` where there is a checkpoint already.
+    """
+    _, model = _parts(light)
+    shipped = FluxPipeline.from_pretrained(
+        embedded_folder("embedded-light" if light else "embedded"), dtype=torch.float32
+    )
+    model["transformer"].load_state_dict(shipped.transformer.state_dict())
+    model["t5"].load_state_dict(shipped.text_encoder_2.state_dict())
+    model["clip"].load_state_dict(shipped.text_encoder.state_dict())
+    begin(folder / "vae.pt", shipped.vae)
+    begin(_checkpoint(folder, light), model)
 
 
 def export(folder: Path, light: bool) -> None:

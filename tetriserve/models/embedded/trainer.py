@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -100,8 +101,6 @@ class Trainer:
         return loss.detach()
 
     def _save(self) -> None:
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.checkpoint.with_suffix(f".{os.getpid()}")
         state = {
             "model": self.model.state_dict(),
             "average": self.average,
@@ -110,13 +109,32 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        torch.save(state, draft)
-        draft.replace(self.checkpoint)
+        _write(state, self.checkpoint)
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        if state["optimizers"]:
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
         self.average, self.losses = state["average"], state["losses"]
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def begin(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Write a checkpoint at step 0 from which a `Trainer` goes on with the weights of `model`.
+
+    Raises `FileExistsError` when there is one.
+    """
+    if checkpoint.exists():
+        raise FileExistsError(f"there is a checkpoint in {checkpoint}")
+    weights = model.state_dict()
+    state = {"model": weights, "average": weights, "optimizers": [], "losses": [], "step": 0, "seconds": 0.0}
+    _write(state, checkpoint)
+
+
+def _write(state: dict[str, Any], checkpoint: Path) -> None:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    draft = checkpoint.with_suffix(f".{os.getpid()}")
+    torch.save(state, draft)
+    draft.replace(checkpoint)
