@@ -28,6 +28,7 @@ from tetriserve.models.embedded.grammar import (
     random_scene,
     write,
 )
+from tetriserve.models.embedded.train import load_vae, restore, transformer_trainer
 from tetriserve.models.embedded.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +175,20 @@ def test_training_goes_on_where_it_was_cut(tmp_path: Path, part: str) -> None:
     assert resumed.step == uncut.step == 6
     for name, value in uncut.average.items():
         torch.testing.assert_close(resumed.average[name], value, rtol=0, atol=0)
+
+
+def test_training_goes_on_from_what_is_shipped(tmp_path: Path, pipeline: FluxPipeline) -> None:
+    restore(tmp_path, light=False)
+    trainer = transformer_trainer(tmp_path, light=False, steps=10, device="cpu", refine=True)
+    assert trainer.step == 0
+    parts = {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2, "clip": pipeline.text_encoder}
+    shipped = {f"{part}.{name}": value for part, m in parts.items() for name, value in m.state_dict().items()}
+    for name, value in trainer.average.items():
+        assert torch.equal(value, shipped[name]), name
+    vae = load_vae(tmp_path)
+    assert vae.config.scaling_factor == pytest.approx(pipeline.vae.config.scaling_factor, rel=1e-2)
+    with pytest.raises(FileExistsError, match=r"transformer\.pt|vae\.pt"):
+        restore(tmp_path, light=False)
 
 
 def _flow_trainer(folder: Path, checkpoint: str, vae: AutoencoderKL) -> Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import OrderedDict, deque
 from dataclasses import replace
@@ -12,6 +13,9 @@ from tetriserve.request import Shape
 WINDOW = 33
 """The correction is the median over so many step ranges, and 1 before `FEWEST`."""
 FEWEST = 5
+GRID = 1.02
+"""Corrections are whole powers of it: to 1 % exact, and few, so that the packer's tables of step times are used again
+and again."""
 MAX_PAIRS = 512
 """Pairs of shape and degree that are remembered, the last used ones."""
 
@@ -44,9 +48,9 @@ class LiveProfile:
             self._ratios.popitem(last=False)
 
     def ratio(self, shape: Shape, degree: int) -> float:
-        """Measured over expected; 1 while little is known."""
+        """Measured over expected, to 1 %; 1 while little is known."""
         ratios = self._ratios.get((shape, degree), ())
-        return statistics.median(ratios) if len(ratios) >= FEWEST else 1.0
+        return GRID ** round(math.log(statistics.median(ratios), GRID)) if len(ratios) >= FEWEST else 1.0
 
     def step_s(self, shape: Shape) -> dict[int, float]:
         """Seconds of one step at each degree."""

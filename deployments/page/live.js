@@ -3,10 +3,10 @@
 import { Board } from "./board.js";
 import { ask, keys } from "./client.js";
 
-const PERIOD_MS = 500;
+const PERIOD_MS = 1000; // between two the board moves on by itself, with what is planned
 const LONGEST_PAUSE_MS = 8000;
 const TIMEOUT_MS = 5000;
-const SUMMARY_MS = 10_000; // a screen reader's user wants it now and then, not twice a second
+const SUMMARY_MS = 10_000; // a screen reader's user wants it now and then, not every second
 
 const byId = (id) => document.getElementById(id);
 
