@@ -181,7 +181,11 @@ def test_training_goes_on_from_what_is_shipped(tmp_path: Path, pipeline: FluxPip
     restore(tmp_path, light=False)
     trainer = transformer_trainer(tmp_path, light=False, steps=10, device="cpu", refine=True)
     assert trainer.step == 0
-    parts = {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2, "clip": pipeline.text_encoder}
+    parts = {
+        "transformer": pipeline.transformer,
+        "t5": pipeline.text_encoder_2,
+        "clip": pipeline.text_encoder,
+    }
     shipped = {f"{part}.{name}": value for part, m in parts.items() for name, value in m.state_dict().items()}
     for name, value in trainer.average.items():
         assert torch.equal(value, shipped[name]), name
