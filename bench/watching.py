@@ -1,6 +1,6 @@
 """What it costs a request to be watched: latency with board, metrics and previews asked for, against nobody looking.
 
-    python bench/watching.py [--sizes 512x512 1024x1024] [--pairs 9]
+    python bench/watching.py [--sizes 512x512 1024x1024] [--pairs 41 5]
 
 Starts the server with policy `sp1`, so that a core is left for what is not the model's work, and sends the same
 request twice in turn: alone as a plain POST, and as a stream with progress and three previews while the live board is
@@ -63,10 +63,16 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--sizes", nargs="+", default=["512x512", "1024x1024"], help="WIDTHxHEIGHT")
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument(
+        "--pairs", nargs="+", type=int, default=[9], help="one number for each size, or for all"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu"))
     options = parser.parse_args()
+    if len(options.pairs) not in (1, len(options.sizes)):
+        parser.error("--pairs: one number for all sizes or one for each")
+    repeated = options.pairs * (len(options.sizes) // len(options.pairs))
+    pairs_of = dict(zip(options.sizes, repeated, strict=True))
 
     rows: list[dict[str, Any]] = []
     with (
@@ -92,7 +98,7 @@ def main() -> None:
 
         for size in options.sizes:
             pairs = []
-            for seed in tqdm(range(options.pairs + 1), desc=size):
+            for seed in tqdm(range(pairs_of[size] + 1), desc=size):
                 body = {"prompt": PROMPT, "size": size, "seed": seed, "num_inference_steps": options.steps}
                 alone_s = 0.0 if seed % 2 else alone(body)
                 watched_s, previews = watched(body)
@@ -119,8 +125,9 @@ def main() -> None:
     table = markdown_table(head, body_rows)
     print(table)
     options.out.mkdir(parents=True, exist_ok=True)
+    asked = " ".join(map(str, options.pairs))
     (options.out / "watching.md").write_text(
-        f"`python bench/watching.py --config {options.config} --pairs {options.pairs}`\n\n{table}\n"
+        f"`python bench/watching.py --config {options.config} --pairs {asked}`\n\n{table}\n"
     )
     write_json(options.out / "watching.json", rows)
 

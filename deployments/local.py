@@ -204,7 +204,7 @@ def start_ray(cpus: float) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would remember every call for a dashboard that is not there: 60 MiB in an hour (bench/soak.py)
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-    # by default glibc keeps up to eight times as many heaps as cores, and what is free in one serves no thread of another
+    # glibc would keep up to eight heaps a core, and what is free in one serves no thread of another (bench/soak.py)
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     # Serve kills a proxy that takes 5 s to start, as it may on a busy machine or the first time after installing
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")

@@ -20,7 +20,6 @@ from tetriserve.models.embedded.grammar import random_scene, write
 
 TEXT_TOKENS = 18  # the longest prompt has 17 with its end mark; the last token is always a pad
 TOKENS_A_STEP = 1600  # of text and image, over the batch
-_BLOCK = 4  # side of the blocks of image tokens that are kept or left out together
 
 PICTURES = {  # how many, by (height, width)
     (64, 64): 24000,
@@ -67,16 +66,15 @@ REFINING: list[tuple[float, dict[tuple[int, int, int], float]]] = [
     (
         0.0,
         {
-            (128, 128, 0): 0.5,
             (256, 256, 0): 1,
-            (512, 512, 0): 5,
-            (1024, 512, 1024): 1,
-            (512, 1024, 1024): 1,
-            (1024, 1024, 1024): 2,
+            (512, 512, 0): 2,
+            (1024, 512, 1024): 2,
+            (512, 1024, 1024): 2,
+            (1024, 1024, 1024): 5,
         },
     ),
 ]
-"""For a model that draws well up to 256 px."""
+"""For a model that draws well up to 512 px."""
 
 
 class Pool:
@@ -177,7 +175,7 @@ class FlowMatching:
         positions = FluxPipeline._prepare_latent_image_ids(
             1, height // 16, width // 16, device, torch.float32
         )
-        chosen = torch.arange(tokens) if kept == 0 else _random_blocks(height // 16, width // 16, kept)
+        chosen, near = _near_and_far(height // 16, width // 16, kept or tokens)
         count = max(1, TOKENS_A_STEP // (TEXT_TOKENS + len(chosen)))
         rows = torch.randint(len(pool.latents), [count])
         clean = pool.latents[rows][:, chosen].to(device, torch.float32)
@@ -200,12 +198,13 @@ class FlowMatching:
         noise = torch.randn_like(clean)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
 
-        # One key may stand for many alike: the last text token for all further pads, an image token for those
-        # that were left out. Added to the attention's logits, log n does just that.
+        # One key may stand for many alike: the last text token for all further pads, an image token far away for
+        # those that were left out. Added to the attention's logits, log n does just that.
         pads = choice.choice((64, 64, 64, 512, choice.randint(20, 128))) - TEXT_TOKENS + 1
         key_bias = torch.zeros(TEXT_TOKENS + len(chosen), device=device)
         key_bias[TEXT_TOKENS - 1] = math.log(pads)
-        key_bias[TEXT_TOKENS:] = math.log(tokens / len(chosen))
+        if near < tokens:
+            key_bias[TEXT_TOKENS + near :] = math.log((tokens - near) / (len(chosen) - near))
 
         predicted = self.model[
             "transformer"
@@ -220,13 +219,22 @@ class FlowMatching:
             joint_attention_kwargs={"attention_mask": key_bias[None, None, None]},
             return_dict=False,
         )[0]
-        error = (predicted - (noise - clean)).square().mean((1, 2))
+        error = (predicted - (noise - clean))[:, :near].square().mean((1, 2))
         # below half noise a step moves the picture by `sigma` times the error, and the decoder forgives a little
         return (error * (2 * sigma).clamp(max=1).square()).mean()
 
 
-def _random_blocks(rows: int, columns: int, kept: int) -> torch.Tensor:
-    """Indices of about `kept` of rows x columns tokens, in random blocks of neighbours."""
-    grid = torch.arange(rows * columns).view(rows // _BLOCK, _BLOCK, columns // _BLOCK, _BLOCK)
-    blocks = grid.transpose(1, 2).reshape(-1, _BLOCK * _BLOCK)
-    return blocks[torch.randperm(len(blocks))[: kept // _BLOCK**2]].flatten()
+def _near_and_far(rows: int, columns: int, kept: int) -> tuple[torch.Tensor, int]:
+    """Indices of `kept` of rows x columns tokens, and how many of them, the first ones, are neighbours.
+
+    About half of those kept are a square anywhere, which sees its surroundings as in the whole picture; the others
+    are scattered outside it.
+    """
+    if kept == rows * columns:
+        return torch.arange(kept), kept
+    side = min(rows, columns, math.isqrt(kept * 9 // 16))
+    top, left = (int(torch.randint(length - side + 1, ())) for length in (rows, columns))
+    outside = torch.ones(rows, columns, dtype=torch.bool)
+    outside[top : top + side, left : left + side] = False
+    near, far = (~outside).flatten().nonzero()[:, 0], outside.flatten().nonzero()[:, 0]
+    return torch.cat([near, far[torch.randperm(len(far))[: kept - len(near)]]]), len(near)

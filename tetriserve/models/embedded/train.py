@@ -131,20 +131,24 @@ def export(folder: Path, light: bool) -> None:
 
 
 def plot_losses(checkpoints: dict[str, Path], folder: Path) -> None:
+    """`loss.png`, or `loss-refined.png` of what was trained after `restore`."""
     import matplotlib  # comes with the dev extra
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(checkpoints), figsize=(9, 3), layout="constrained")
-    for panel, (name, path) in zip(panels, checkpoints.items(), strict=True):
-        state = torch.load(path, weights_only=True)
+    states = {name: torch.load(path, weights_only=True) for name, path in checkpoints.items()}
+    trained = {name: state for name, state in states.items() if state["losses"]}
+    if not trained:
+        return
+    figure, panels = plt.subplots(1, len(trained), figsize=(9, 3), layout="constrained", squeeze=False)
+    for panel, (name, state) in zip(panels[0], trained.items(), strict=True):
         steps, losses = zip(*state["losses"], strict=True)
         panel.plot(steps, losses, linewidth=0.8)
         panel.set(
             title=f"{name}, {state['seconds'] / 60:.0f} min", xlabel="step", ylabel="loss", yscale="log"
         )
-    figure.savefig(folder / "loss.png", dpi=110)
+    figure.savefig(folder / ("loss.png" if len(trained) == len(states) else "loss-refined.png"), dpi=110)
     plt.close(figure)
 
 
