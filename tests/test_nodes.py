@@ -89,6 +89,6 @@ def test_a_lost_node_takes_only_its_cell(tmp_path: Path) -> None:
             text=True,
             timeout=280,
             # "the cluster of this machine", which other programs may look for, is not this one
-            env={**os.environ, "RAY_TMPDIR": folder},
+            env={**os.environ, "RAY_TMPDIR": folder, "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"},
         )
     assert "a node brings the cell back" in done.stdout, done.stdout + done.stderr
