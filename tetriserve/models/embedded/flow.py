@@ -32,8 +32,10 @@ PICTURES = {  # how many, by (height, width)
     (512, 1024): 400,
     (1024, 1024): 400,
 }
-# (share of the training from which it holds, {(height, width, image tokens kept or 0 for all): weight})
-STAGES: list[tuple[float, dict[tuple[int, int, int], float]]] = [
+Stages = list[tuple[float, dict[tuple[int, int, int], float]]]
+"""(share of the training from which it holds, {(height, width, image tokens kept or 0 for all): weight})."""
+
+STAGES: Stages = [
     (0.0, {(64, 64, 0): 5, (128, 128, 0): 5, (256, 256, 0): 1, (128, 256, 0): 0.5, (256, 128, 0): 0.5}),
     (
         0.25,
@@ -62,7 +64,7 @@ STAGES: list[tuple[float, dict[tuple[int, int, int], float]]] = [
         },
     ),
 ]
-REFINING: list[tuple[float, dict[tuple[int, int, int], float]]] = [
+REFINING: Stages = [
     (
         0.0,
         {
@@ -150,7 +152,7 @@ class FlowMatching:
         steps: int,
         seed: int = 0,
         pictures: dict[tuple[int, int], int] = PICTURES,
-        stages: list[tuple[float, dict[tuple[int, int, int], float]]] = STAGES,
+        stages: Stages = STAGES,
     ) -> None:
         self.model, self.steps, self.seed, self.stages = model, steps, seed, stages
         self.scheduler = make_scheduler().config

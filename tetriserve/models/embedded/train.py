@@ -10,8 +10,8 @@ on from its last checkpoint when the same command is given again.
     python -m tetriserve.models.embedded.train restore [--light]
     python -m tetriserve.models.embedded.train transformer --refine [--light]
 
-`restore` makes checkpoints of the shipped weights, on a machine that has none; `--refine` trains them further, on
-the pictures of the last stage only and at a third of the rate.
+`restore` makes checkpoints of the shipped weights, in a folder that has none; `--refine` trains them further, on
+pictures of 256 px and above and at a third of the rate.
 """
 
 from __future__ import annotations
