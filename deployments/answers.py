@@ -252,7 +252,7 @@ _EVENTS = {
 }
 _SECONDS = {"schema": {"type": "number"}}
 _RESULT_HEADERS = {
-    "X-Request-Id": {"schema": {"type": "string"}, "description": "`id` of the body."},
+    "X-Generation-Id": {"schema": {"type": "string"}, "description": "`id` of the body."},
     "X-Predicted-Finish-S": {**_SECONDS, "description": "Arrival to end in seconds, as first predicted."},
     "X-Finish-S": {**_SECONDS, "description": "What it took; not with stream."},
     "X-Inference-Time-S": {**_SECONDS, "description": "`inference_time_s` of the body; not with stream."},

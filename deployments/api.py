@@ -286,7 +286,7 @@ def result_headers(response_id: str, metrics: Metrics) -> dict[str, str]:
         "X-Finish-S": metrics.total_s,
         "X-SLO-S": metrics.slo_s,
     }
-    headers = {"X-Request-Id": response_id}
+    headers = {"X-Generation-Id": response_id}
     headers |= {name: f"{value:.6g}" for name, value in seconds.items() if value is not None}
     if metrics.slo_met is not None:
         headers["X-SLO-Met"] = "true" if metrics.slo_met else "false"

@@ -120,7 +120,7 @@ class Endpoints:
         start_s = time.monotonic()
         news = newest([self._ingress.stream(one) for one in requests])
         first = await anext(news)
-        headers = {"X-Request-Id": response_id}
+        headers = {"X-Generation-Id": response_id}
         if requests[0].slo_s is not None:
             headers["X-SLO-S"] = f"{requests[0].slo_s:.6g}"
         if isinstance(first[1], Progress) and first[1].predicted_finish_s is not None:

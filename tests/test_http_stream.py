@@ -74,7 +74,7 @@ def test_events_are_those_of_openai_and_say_how_far_it_is() -> None:
         for event in (first, second, done)
     ]
     assert ours == [[0, 3, 8, 1.5], [0, 8, 8, 0.5], [0, 8, 8, 0.0]]
-    assert {event["id"] for event in (first, second, done)} == {answer.headers["x-request-id"]}
+    assert {event["id"] for event in (first, second, done)} == {answer.headers["x-generation-id"]}
     for event in (first, second, done):
         assert (event["size"], event["output_format"]) == ("64x96", "webp")
         assert (opened(event).size, opened(event).format) == ((64, 96), "WEBP")
@@ -180,7 +180,7 @@ def test_headers_of_every_answer() -> None:
     names = ("x-inference-time-s", "x-predicted-finish-s", "x-finish-s", "x-slo-s", "x-slo-met")
     assert [headers[name] for name in names] == ["0.9", "1.5", "1", "1.5", "true"]
     answer = post(**PICTURE)
-    assert answer.headers["x-request-id"] == answer.json()["id"]
+    assert answer.headers["x-generation-id"] == answer.json()["id"]
     assert "x-slo-s" not in answer.headers and "x-slo-met" not in answer.headers
     headers = post(watched(), **STREAM, slo_ms=1500).headers
     assert headers["x-slo-s"] == "1.5" and float(headers["x-predicted-finish-s"]) >= 2.5

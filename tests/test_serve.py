@@ -261,6 +261,8 @@ def test_a_request_can_be_followed_through_the_logs(server: Server, config: Path
     assert ended["tetriserve_outcome"] == "met"
     assert ended["tetriserve_total_s"] == pytest.approx(float(answer.headers["x-finish-s"]), rel=1e-3)
     # what the client calls it leads to what it is called here
+    assert answer.headers["x-generation-id"] == name
+    assert answer.headers.get_list("x-request-id") == ["client-66"]
     assert {row["request_id"] for row in lines() if row["file"] == "Ingress"} == {"client-66"}
     ran = [row["message"] for row in lines() if row["file"] == "GPUReplica"]
     assert len(ran) == sum(len(part["gpus"]) for part in answer.json()["metrics"]["schedule"])
