@@ -68,6 +68,7 @@ REFINING: Stages = [
     (
         0.0,
         {
+            (128, 128, 0): 1,
             (256, 256, 0): 1,
             (512, 512, 0): 2,
             (1024, 512, 1024): 2,
@@ -76,7 +77,7 @@ REFINING: Stages = [
         },
     ),
 ]
-"""For a model that draws well up to 512 px."""
+"""For a model that draws well up to 512 px, and is not to forget the small sizes."""
 
 
 class Pool:

@@ -11,7 +11,7 @@ on from its last checkpoint when the same command is given again.
     python -m tetriserve.models.embedded.train transformer --refine [--light]
 
 `restore` makes checkpoints of the shipped weights, in a folder that has none; `--refine` trains them further, on
-pictures of 256 px and above and at a third of the rate.
+pictures of 128 px and above and at a third of the rate.
 """
 
 from __future__ import annotations
