@@ -2,12 +2,12 @@
 
     python bench/soak.py [--minutes 20] [--warm-up 12] [--load 0.8] [--every 10]
 
-Measures this machine's profile, then plays a mixed 256/512/1024 trace, open loop, that keeps the GPUs busy for
---load of the time, and looks every --every seconds at the private memory (resident minus shared) and the open files
-of every process of the server, at its open requests and at Ray's object store. What comes before --warm-up minutes,
-in which the board's ten minutes fill, does not count. A quantity grows when its slope over the rest is above zero
-by more than twice its standard error, and what that adds in an hour is more than `NOTHING` of its mean. Writes
-`soak.json` and `soak.md` to --out.
+Measures this machine's profile, then plays a mixed 256/512/1024 trace, open loop, that would keep the GPUs busy for
+--load of the time if all ran at SP 1 (wider steps make it more), and looks every --every seconds at the private
+memory (resident minus shared) and the open files of every process of the server, at its open requests and at Ray's
+object store. What comes before --warm-up minutes, in which the board's ten minutes fill, does not count. A quantity
+grows when its slope over the rest is above zero by more than twice its standard error, and what that adds in an hour
+is more than `NOTHING` of its mean. Writes `soak.json` and `soak.md` to --out.
 """
 
 from __future__ import annotations

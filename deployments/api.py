@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -278,6 +279,12 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
     }
 
 
+def generation_headers(response_id: str, seconds: Mapping[str, float | None]) -> dict[str, str]:
+    """Which generation it is, and the headers in seconds whose values are known."""
+    known = {name: f"{value:.6g}" for name, value in seconds.items() if value is not None}
+    return {"X-Generation-Id": response_id, **known}
+
+
 def result_headers(response_id: str, metrics: Metrics) -> dict[str, str]:
     """Headers of a generation response: what logs and load balancers want to know without reading the body."""
     seconds = {
@@ -286,8 +293,7 @@ def result_headers(response_id: str, metrics: Metrics) -> dict[str, str]:
         "X-Finish-S": metrics.total_s,
         "X-SLO-S": metrics.slo_s,
     }
-    headers = {"X-Generation-Id": response_id}
-    headers |= {name: f"{value:.6g}" for name, value in seconds.items() if value is not None}
+    headers = generation_headers(response_id, seconds)
     if metrics.slo_met is not None:
         headers["X-SLO-Met"] = "true" if metrics.slo_met else "false"
     return headers

@@ -28,6 +28,7 @@ from deployments.api import (
     as_tetriserve_error,
     describe_error,
     error_body,
+    generation_headers,
     image_response,
     model_body,
     picture_ids,
@@ -120,12 +121,11 @@ class Endpoints:
         start_s = time.monotonic()
         news = newest([self._ingress.stream(one) for one in requests])
         first = await anext(news)
-        headers = {"X-Generation-Id": response_id}
-        if requests[0].slo_s is not None:
-            headers["X-SLO-S"] = f"{requests[0].slo_s:.6g}"
+        finish_s: float | None = None
         if isinstance(first[1], Progress) and first[1].predicted_finish_s is not None:
             finish_s = time.monotonic() - start_s + first[1].predicted_finish_s
-            headers["X-Predicted-Finish-S"] = f"{finish_s:.6g}"
+        seconds = {"X-SLO-S": requests[0].slo_s, "X-Predicted-Finish-S": finish_s}
+        headers = generation_headers(response_id, seconds)
         return EventResponse(news, events(request, response_id, requests, first, news), headers)
 
     async def _keep(
