@@ -11,7 +11,6 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, cast
@@ -25,11 +24,12 @@ from deployments.entry import Entry, Kept, executed, unix_ahead_s
 from deployments.fleet import Fleet
 from deployments.logs import LogForm, log_request, logger, write_as
 from deployments.meters import Families, Meters
+from deployments.planner import Planner
 from deployments.profiling import fitting_profile
 from deployments.recovery import Recovery
 from deployments.replica import boxed
 from solver.policies import make_policy
-from solver.problem import Packing, Phase, Snapshot
+from solver.problem import Phase
 from tetriserve.admission import Admission
 from tetriserve.engine.report import Report, seconds_per_step
 from tetriserve.errors import (
@@ -71,9 +71,6 @@ memory when the last reference to it was somebody else's."""
 BOARD_AGE_S = 0.25
 """How old a board may be when the next one asks for the same: many may look at once."""
 
-FALLBACK_POLICY = "edf"
-"""A plain list schedule: no solver, done in milliseconds."""
-
 
 class Scheduler:
     """Ray actor (asyncio). One per cell; owns the cell's GPU replica actors.
@@ -100,13 +97,11 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._failure = "starting"
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._policy = make_policy(args.scheduler.policy, time_limit_s=args.scheduler.solver_time_limit_s)
-        self._fallback = make_policy(FALLBACK_POLICY)
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
-        self._planning: asyncio.Future[Packing] | None = None
         scheduler = args.scheduler
+        policy = make_policy(scheduler.policy, time_limit_s=scheduler.solver_time_limit_s)
+        self._planner = Planner(policy, limit_s=2 * scheduler.solver_time_limit_s)
         self._rounds = RoundScheduler(
-            self._policy,
+            policy,
             args.cell.gpus,
             round_s=scheduler.round_s,
             min_round_s=scheduler.min_round_s,
@@ -114,7 +109,6 @@ class Scheduler:
         )
         self._recovery = Recovery(self._fleet, args.cell, self._rounds, self)
         self._plan_s: deque[float] = deque(maxlen=PLANS_KEPT)
-        self.fallbacks = 0
 
     # ---- start --------------------------------------------------------------------------------------------
 
@@ -354,15 +348,16 @@ class Scheduler:
                 continue
             snapshot = self._rounds.snapshot(time.monotonic())
             if snapshot.jobs:
-                fallbacks = self.fallbacks
-                packing = await self._pack(snapshot)
+                packing, fell_back = await self._planner.pack(snapshot)
                 self._turn_away(
                     self._rounds.infeasible(snapshot, packing), "cannot meet its deadline (reject_infeasible)"
                 )
+                if fell_back:
+                    self._meters.fell_back()
                 plan = self._rounds.commit(snapshot, packing, time.monotonic())
                 self._plan_s.append(time.monotonic() - snapshot.now_s)
                 self._meters.planned(self._plan_s[-1])
-                ahead_s, fell_back = unix_ahead_s(), self.fallbacks > fallbacks
+                ahead_s = unix_ahead_s()
                 start_s, boundary_s = snapshot.now_s + ahead_s, plan.boundary_s + ahead_s
                 self._history.planned(Plan(start_s, self._plan_s[-1], fell_back, boundary_s))
                 for assignment in plan.assignments:
@@ -374,22 +369,6 @@ class Scheduler:
     def _turn_away(self, request_ids: list[str], why: str) -> None:
         for entry in [self._entries[request_id] for request_id in request_ids]:
             self._end(entry, DeadlineInfeasible(f"request {entry.name} {why}"))
-
-    async def _pack(self, snapshot: Snapshot) -> Packing:
-        """Ask the policy in a thread; past the limit, or while it still hangs, take the fallback."""
-        loop = asyncio.get_running_loop()
-        if self._planning is None or self._planning.done():
-            self._planning = loop.run_in_executor(self._planner, self._policy, snapshot)
-            try:
-                limit_s = 2 * self._args.scheduler.solver_time_limit_s
-                return await asyncio.wait_for(asyncio.shield(self._planning), limit_s)
-            except asyncio.TimeoutError:
-                logger.warning("the %s policy took over %.3f s", self._policy.name, limit_s)
-            except Exception:
-                logger.exception("the %s policy failed", self._policy.name)
-        self.fallbacks += 1
-        self._meters.fell_back()
-        return self._fallback(snapshot)
 
     def _dispatch(self, assignment: Assignment) -> None:
         (request_id,) = assignment.request_ids
@@ -590,10 +569,10 @@ class Scheduler:
             gpus_ready=0 if failed else gpus - len(self._recovery.lost),
             open_requests=len(self._entries),
             running=0 if failed else len(self._rounds.running),
-            policy=self._policy.name,
+            policy=self._planner.policy.name,
             plan_ms_p50=1000 * _quantile(self._plan_s, 0.5),
             plan_ms_p99=1000 * _quantile(self._plan_s, 0.99),
-            fallbacks=self.fallbacks,
+            fallbacks=self._planner.fallbacks,
             cordoned=self._recovery.cordoned,
             held=sum(self._fleet.held),
         )

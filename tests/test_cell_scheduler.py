@@ -16,6 +16,7 @@ import pytest
 
 from deployments.config import AppArgs
 from deployments.logs import logger
+from deployments.planner import Planner
 from deployments.scheduler import Scheduler
 from solver.problem import Job, Packing, Phase, Snapshot
 from tetriserve.engine.report import Report
@@ -25,7 +26,7 @@ from tetriserve.profile import Profile
 from tetriserve.request import GenerateRequest, ModelInfo, Progress, Shape
 from tetriserve.scheduler import Assignment, RoundScheduler
 
-ARGS = AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}, "scheduler": {"solver_time_limit_s": 0.05}})
+ARGS = AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}})
 
 INFO = ModelInfo("m", "flux", 16, 16, 64, 4, "true_cfg_scale", 4096, 1 << 20, 2048, 8, 200, 3.5, 100)
 
@@ -59,34 +60,29 @@ class Failing(Hanging):
         raise RuntimeError("the solver broke")
 
 
-def scheduler_with(policy: Any) -> Scheduler:
-    scheduler = Scheduler(ARGS, None)  # type: ignore[arg-type]
-    scheduler._policy = policy
-    return scheduler
-
-
 def test_a_hanging_solver_is_replaced_by_the_fallback_and_not_asked_again_meanwhile() -> None:
     policy = Hanging()
 
     async def run() -> None:
-        scheduler = scheduler_with(policy)
+        planner = Planner(policy, limit_s=0.1)
         for _ in range(3):
-            packing = await asyncio.wait_for(scheduler._pack(SNAPSHOT), 10)
-            assert packing.entries[0].job_id == "a"
-        assert (policy.asked, scheduler.fallbacks) == (1, 3)
+            packing, fell_back = await asyncio.wait_for(planner.pack(SNAPSHOT), 10)
+            assert fell_back and packing.entries[0].job_id == "a"
+        assert (policy.asked, planner.fallbacks) == (1, 3)
         policy.go.set()
         await asyncio.sleep(0.2)
-        assert (await scheduler._pack(SNAPSHOT)).entries == ()
-        assert (policy.asked, scheduler.fallbacks) == (2, 3)
+        assert await planner.pack(SNAPSHOT) == (Packing(()), False)
+        assert (policy.asked, planner.fallbacks) == (2, 3)
 
     asyncio.run(run())
 
 
 def test_a_failing_solver_is_replaced_by_the_fallback() -> None:
     async def run() -> None:
-        scheduler = scheduler_with(Failing())
-        assert (await scheduler._pack(SNAPSHOT)).entries
-        assert scheduler.fallbacks == 1
+        planner = Planner(Failing(), limit_s=0.1)
+        packing, fell_back = await planner.pack(SNAPSHOT)
+        assert fell_back and packing.entries
+        assert planner.fallbacks == 1
 
     asyncio.run(run())
 
@@ -151,7 +147,7 @@ def test_what_is_too_late_is_dropped_as_the_request_or_else_the_cell_wants(defau
 
 def test_a_cell_that_is_starting_is_not_ready() -> None:
     async def run() -> None:
-        scheduler = scheduler_with(Hanging())
+        scheduler = Scheduler(ARGS, None)  # type: ignore[arg-type]
         with pytest.raises(NotReady, match="starting"):
             await scheduler.generate(GenerateRequest("a", request_id="a", seed=0), "call")
         status = await scheduler.status()
