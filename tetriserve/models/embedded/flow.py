@@ -28,9 +28,9 @@ PICTURES = {  # how many, by (height, width)
     (128, 256): 3000,
     (256, 128): 3000,
     (512, 512): 3000,
-    (1024, 512): 400,
-    (512, 1024): 400,
-    (1024, 1024): 400,
+    (1024, 512): 1000,
+    (512, 1024): 1000,
+    (1024, 1024): 1600,
 }
 Stages = list[tuple[float, dict[tuple[int, int, int], float]]]
 """(share of the training from which it holds, {(height, width, image tokens kept or 0 for all): weight})."""
@@ -98,9 +98,10 @@ class Pool:
         count: int,
     ) -> None:
         path = folder / f"pool-{height}x{width}.safetensors"
-        if not path.exists():
-            save_file(_draw_pool(vae, tokenizers, height, width, count), path)
-        tensors = load_file(path)
+        tensors = load_file(path) if path.exists() else {}
+        if not tensors or len(tensors["latents"]) < count:
+            tensors = _draw_pool(vae, tokenizers, height, width, count)
+            save_file(tensors, path)
         self.latents, self.t5_ids, self.clip_ids = (
             tensors["latents"],
             tensors["t5_ids"],
