@@ -3,8 +3,8 @@
     python bench/live.py [--repeats 3] [--policies ilp sp1 sp2 rssp ...] [--requests 60] [--rate 50]
 
 Measures this machine's profile first (`tetriserve profile`), gives it to every server and plays a mixed 256/512/1024
-trace with deadlines. The simulator gets the profile as the server has it at the end of the run: idle neighbours are
-faster than busy ones. Writes `live.md` and `live.json` to --out after every run.
+trace with deadlines. The simulator gets the profile as the server has it at the end of the run: a replica is slower
+while its neighbour is busy. Writes `live.md` and `live.json` to --out after every run.
 """
 
 from __future__ import annotations

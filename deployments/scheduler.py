@@ -352,11 +352,11 @@ class Scheduler:
                 self._turn_away(
                     self._rounds.infeasible(snapshot, packing), "cannot meet its deadline (reject_infeasible)"
                 )
-                if fell_back:
-                    self._meters.fell_back()
                 plan = self._rounds.commit(snapshot, packing, time.monotonic())
                 self._plan_s.append(time.monotonic() - snapshot.now_s)
                 self._meters.planned(self._plan_s[-1])
+                if fell_back:
+                    self._meters.fell_back()
                 ahead_s = unix_ahead_s()
                 start_s, boundary_s = snapshot.now_s + ahead_s, plan.boundary_s + ahead_s
                 self._history.planned(Plan(start_s, self._plan_s[-1], fell_back, boundary_s))
