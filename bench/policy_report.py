@@ -24,7 +24,7 @@ def write_report(
     folder: Path, suite: Iterable[Cell], variants: Sequence[Variant], columns: Sequence[str]
 ) -> None:
     """Write `policies.md`, `policies.json` and two plots to `folder`; cells without runs are left out."""
-    rows = [row for cell in suite if (row := _row(folder, cell.name, variants, columns))]
+    rows = [row for cell in suite if (row := _row(folder, cell, variants, columns))]
     if not rows:
         return
     write_json(folder / "policies.json", rows)
@@ -44,9 +44,12 @@ def write_report(
     _plot_gap(rows, folder / "gap.png")
 
 
-def _row(folder: Path, cell: str, variants: Sequence[Variant], columns: Sequence[str]) -> Row | None:
-    """One cell: per column the means over its seeds, the bound, and which variant stands for a swept one."""
-    file = folder / f"{cell}.json"
+def _row(folder: Path, cell: Cell, variants: Sequence[Variant], columns: Sequence[str]) -> Row | None:
+    """One cell: per column the means over its seeds, the bound, and which variant stands for a swept one.
+
+    A column that lacks a seed is left out: seeds differ by more than policies do.
+    """
+    file = folder / f"{cell.name}.json"
     if not file.exists():
         return None
     runs: Mapping[str, Row | None] = json.loads(file.read_text())
@@ -54,9 +57,10 @@ def _row(folder: Path, cell: str, variants: Sequence[Variant], columns: Sequence
     for key, run in runs.items():
         if run is not None:
             by_name.setdefault(key.rsplit(" ", 1)[0], []).append(run)
+    by_name = {name: found for name, found in by_name.items() if len(found) >= len(cell.seeds)}
     bounds = by_name.pop("bound", [])
     means = {name: _means(found) for name, found in by_name.items()}
-    row: Row = {"cell": cell, "policies": {}, "bound": None}
+    row: Row = {"cell": cell.name, "policies": {}, "bound": None}
     for column in columns:
         swept = [v.name for v in variants if v.swept == column and v.name in means]
         name = max(swept, key=lambda n: means[n]["slo_attainment"]) if swept else column
