@@ -17,7 +17,7 @@ from tetriserve.models.embedded import EMBEDDED, embedded_folder, flow
 from tetriserve.models.embedded.autoencoder import Reconstruction
 from tetriserve.models.embedded.build import VAE_CHANNELS, make_text_stack, make_transformer, make_vae
 from tetriserve.models.embedded.draw import draw
-from tetriserve.models.embedded.flow import TEXT_TOKENS, FlowMatching, token_ids
+from tetriserve.models.embedded.flow import TEXT_TOKENS, FlowMatching, Part, token_ids
 from tetriserve.models.embedded.grammar import (
     COLOURS,
     RELATIONS,
@@ -206,8 +206,27 @@ def _flow_trainer(folder: Path, checkpoint: str, vae: AutoencoderKL) -> Trainer:
         folder,
         steps=6,
         pictures={(64, 64): 4, (128, 128): 2},
-        stages=[(0.0, {(64, 64, 0): 1.0}), (0.5, {(128, 128, 32): 1.0})],
+        stages=[
+            (0.0, {Part(64, 64): 1.0}),
+            (0.5, {Part(128, 128, 32): 1.0, Part(128, 128, 32, outlines=True): 1.0}),
+        ],
     )
     return Trainer(
         model, task.loss, folder / checkpoint, steps=6, learning_rate=1e-3, after_step=task.after_step
     )
+
+
+def test_large_pictures_are_trained_where_things_end() -> None:
+    torch.manual_seed(0)
+    pictures = torch.zeros(2, 32, 48, 64)
+    pictures[:, 8:20, 10:22] = 1.0
+    outline = torch.zeros(32, 48, dtype=torch.bool)
+    outline[5:23, 7:25] = True
+    outline[11:17, 13:19] = False
+    kept, trained = flow._near_and_far(pictures.flatten(1, 2), Part(512, 768, 256, outlines=True))
+    assert (len(kept), trained, len(kept.unique())) == (256, 128, 256)
+    assert outline.flatten()[kept[:trained]].float().mean() > 0.8  # a sixth of all tokens
+    kept, trained = flow._near_and_far(pictures.flatten(1, 2), Part(512, 768, 256))
+    assert (len(kept), trained, len(kept.unique())) == (256, 144, 256)
+    rows, columns = kept[:trained] // 48, kept[:trained] % 48
+    assert rows.max() - rows.min() == columns.max() - columns.min() == 11

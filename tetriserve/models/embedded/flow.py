@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors.torch import load_file, save_file
@@ -32,35 +33,61 @@ PICTURES = {  # how many, by (height, width)
     (512, 1024): 1000,
     (1024, 1024): 1600,
 }
-Stages = list[tuple[float, dict[tuple[int, int, int], float]]]
-"""(share of the training from which it holds, {(height, width, image tokens kept or 0 for all): weight})."""
+
+
+class Part(NamedTuple):
+    """What of a picture a step trains on.
+
+    Attributes:
+        kept: of a large picture only so many image tokens are computed; 0 for all.
+        outlines: those are mostly on outlines and next to pure noise, of several pictures: there it is decided where
+            a thing ends, and other tokens hardly matter. Else they are a square, and some for what is around it.
+    """
+
+    height: int
+    width: int
+    kept: int = 0
+    outlines: bool = False
+
+
+Stages = list[tuple[float, dict[Part, float]]]
+"""(share of the training from which it holds, weights of what a step may train on)."""
 
 STAGES: Stages = [
-    (0.0, {(64, 64, 0): 5, (128, 128, 0): 5, (256, 256, 0): 1, (128, 256, 0): 0.5, (256, 128, 0): 0.5}),
+    (
+        0.0,
+        {
+            Part(64, 64): 5,
+            Part(128, 128): 5,
+            Part(256, 256): 1,
+            Part(128, 256): 0.5,
+            Part(256, 128): 0.5,
+        },
+    ),
     (
         0.25,
         {
-            (64, 64, 0): 0.5,
-            (128, 128, 0): 4,
-            (256, 256, 0): 4,
-            (128, 256, 0): 0.5,
-            (256, 128, 0): 0.5,
-            (512, 512, 256): 0.5,
+            Part(64, 64): 0.5,
+            Part(128, 128): 4,
+            Part(256, 256): 4,
+            Part(128, 256): 0.5,
+            Part(256, 128): 0.5,
+            Part(512, 512, 256): 0.5,
         },
     ),
     (
         0.7,
         {
-            (128, 128, 0): 1,
-            (256, 256, 0): 2,
-            (128, 256, 0): 0.25,
-            (256, 128, 0): 0.25,
-            (512, 512, 256): 2,
-            (512, 512, 0): 3,
-            (1024, 512, 512): 1,
-            (512, 1024, 512): 1,
-            (1024, 1024, 512): 1,
-            (1024, 1024, 1024): 1,
+            Part(128, 128): 1,
+            Part(256, 256): 2,
+            Part(128, 256): 0.25,
+            Part(256, 128): 0.25,
+            Part(512, 512, 256): 2,
+            Part(512, 512): 3,
+            Part(1024, 512, 512): 1,
+            Part(512, 1024, 512): 1,
+            Part(1024, 1024, 512): 1,
+            Part(1024, 1024, 1024): 1,
         },
     ),
 ]
@@ -68,12 +95,15 @@ REFINING: Stages = [
     (
         0.0,
         {
-            (128, 128, 0): 1,
-            (256, 256, 0): 1,
-            (512, 512, 0): 2,
-            (1024, 512, 1024): 2,
-            (512, 1024, 1024): 2,
-            (1024, 1024, 1024): 5,
+            Part(128, 128): 1,
+            Part(256, 256): 1,
+            Part(512, 512): 1.5,
+            Part(1024, 512, 1024): 1,
+            Part(512, 1024, 1024): 1,
+            Part(1024, 1024, 1024): 3,
+            Part(1024, 512, 256, outlines=True): 1,
+            Part(512, 1024, 256, outlines=True): 1,
+            Part(1024, 1024, 256, outlines=True): 4,
         },
     ),
 ]
@@ -169,7 +199,8 @@ class FlowMatching:
         choice = random.Random(f"{self.seed} {step}")
         torch.manual_seed(choice.getrandbits(32))
         weights = [weights for start, weights in self.stages if step >= start * self.steps][-1]
-        ((height, width, kept),) = choice.choices(list(weights), list(weights.values()))
+        (part,) = choice.choices(list(weights), list(weights.values()))
+        height, width = part.height, part.width
         if (height, width) not in self._pools:
             self._pools[height, width] = self._make_pool(height, width)
         pool = self._pools[height, width]
@@ -179,10 +210,11 @@ class FlowMatching:
         positions = FluxPipeline._prepare_latent_image_ids(
             1, height // 16, width // 16, device, torch.float32
         )
-        chosen, near = _near_and_far(height // 16, width // 16, kept or tokens)
-        count = max(1, TOKENS_A_STEP // (TEXT_TOKENS + len(chosen)))
+        count = max(1, TOKENS_A_STEP // (TEXT_TOKENS + (part.kept or tokens)))
         rows = torch.randint(len(pool.latents), [count])
-        clean = pool.latents[rows][:, chosen].to(device, torch.float32)
+        clean = pool.latents[rows].float()
+        chosen, near = _near_and_far(clean, part)
+        clean = clean[:, chosen].to(device)
         empty = torch.rand(count, 1) < 0.03
         t5_ids = torch.where(empty, self._empty["t5_ids"], pool.t5_ids[rows]).to(device)
         clip_ids = torch.where(empty, self._empty["clip_ids"], pool.clip_ids[rows]).to(device)
@@ -198,6 +230,8 @@ class FlowMatching:
         )
         level = (torch.arange(count) + torch.rand(count)).to(device) / count
         level = (1 - (1 - level) ** 3).clamp(0.005, 0.9999)
+        if part.outlines:
+            level = 1 - (1 - level) / 20
         sigma = 1 / (1 + math.exp(-mu) * (1 / level - 1))
         noise = torch.randn_like(clean)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
@@ -228,17 +262,36 @@ class FlowMatching:
         return (error * (2 * sigma).clamp(max=1).square()).mean()
 
 
-def _near_and_far(rows: int, columns: int, kept: int) -> tuple[torch.Tensor, int]:
-    """Indices of `kept` of rows x columns tokens, and how many of them, the first ones, are neighbours.
+def _near_and_far(clean: torch.Tensor, part: Part) -> tuple[torch.Tensor, int]:
+    """Indices of the tokens kept of pictures [count, tokens, channels], and how many of them, the first, are trained.
 
-    About half of those kept are a square anywhere, which sees its surroundings as in the whole picture; the others
-    are scattered outside it.
+    About half of those kept are trained: a square around an outline, which sees its surroundings as in the whole
+    picture, or tokens on outlines. The others are scattered elsewhere.
     """
-    if kept == rows * columns:
-        return torch.arange(kept), kept
-    side = min(rows, columns, math.isqrt(kept * 9 // 16))
-    top, left = (int(torch.randint(length - side + 1, ())) for length in (rows, columns))
+    rows, columns = part.height // 16, part.width // 16
+    if not part.kept:
+        return torch.arange(rows * columns), rows * columns
+    contrast = _contrast(clean.view(-1, rows, columns, clean.shape[2]))
     outside = torch.ones(rows, columns, dtype=torch.bool)
-    outside[top : top + side, left : left + side] = False
+    if part.outlines:
+        outside.view(-1)[torch.multinomial(contrast.flatten(), part.kept // 2)] = False
+    else:
+        side = min(rows, columns, math.isqrt(part.kept * 9 // 16))
+        at = divmod(int(torch.multinomial(contrast.flatten(), 1)), columns)
+        top, left = (
+            min(max(0, center - side // 2), length - side)
+            for center, length in zip(at, (rows, columns), strict=True)
+        )
+        outside[top : top + side, left : left + side] = False
     near, far = (~outside).flatten().nonzero()[:, 0], outside.flatten().nonzero()[:, 0]
-    return torch.cat([near, far[torch.randperm(len(far))[: kept - len(near)]]]), len(near)
+    return torch.cat([near, far[torch.randperm(len(far))[: part.kept - len(near)]]]), len(near)
+
+
+def _contrast(latents: torch.Tensor) -> torch.Tensor:
+    """How much latents [count, rows, columns, channels] change around each place: [rows, columns], nowhere 0."""
+    contrast = torch.zeros(latents.shape[1:3])
+    for axis in (0, 1):
+        step = latents.diff(dim=axis + 1).square().sum((0, 3))
+        for start in (0, 1):
+            contrast.narrow(axis, start, step.shape[axis]).add_(step)
+    return F.avg_pool2d(contrast[None], 5, stride=1, padding=2)[0] + 0.1 * contrast.mean()
