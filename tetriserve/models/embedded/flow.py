@@ -230,9 +230,8 @@ class FlowMatching:
         )
         level = (torch.arange(count) + torch.rand(count)).to(device) / count
         level = (1 - (1 - level) ** 3).clamp(0.005, 0.9999)
-        if (
-            part.outlines
-        ):  # the noisiest twentieth: with more of the picture neighbours count, and they are left out
+        if part.outlines:
+            # the noisiest twentieth: with more of the picture neighbours count, and they are left out
             level = 1 - (1 - level) / 20
         sigma = 1 / (1 + math.exp(-mu) * (1 / level - 1))
         noise = torch.randn_like(clean)
