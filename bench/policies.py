@@ -4,8 +4,8 @@
 
 Each run is kept in <out>/<cell>.json as soon as it is done; a later call only makes what is missing, so it can be
 stopped and resumed at any time, and two calls for different cells can run side by side. `--again` makes the named
-runs anew (after a change to a policy). Every call ends by writing `policies.md`, `policies.json` and plots from all
-that is there.
+runs anew (after a change to a policy). Every call ends by writing `policies.md`, `policies.json` and plots of all
+cells, over the seeds of the call.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main() -> None:
         runs[key] = run_bound(cell, seed) if name == "bound" else run_variant(cell, variants[name], seed)
         keep_runs(file, dict(sorted(runs.items())))
 
-    write_report(options.out, SUITE, VARIANTS, COLUMNS)
+    write_report(options.out, SUITE, VARIANTS, COLUMNS, options.seeds)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,18 @@ FIGURES = ("slo_attainment", "gpu_seconds_per_met", "mean_met_s", "late_p99_s", 
 
 
 def write_report(
-    folder: Path, suite: Iterable[Cell], variants: Sequence[Variant], columns: Sequence[str]
+    folder: Path,
+    suite: Iterable[Cell],
+    variants: Sequence[Variant],
+    columns: Sequence[str],
+    seeds: Sequence[int] | None = None,
 ) -> None:
-    """Write `policies.md`, `policies.json` and two plots to `folder`; cells without runs are left out."""
-    rows = [row for cell in suite if (row := _row(folder, cell, variants, columns))]
+    """Write `policies.md`, `policies.json` and two plots to `folder`; cells without runs are left out.
+
+    Args:
+        seeds: means are over these instead of each cell's own.
+    """
+    rows = [row for cell in suite if (row := _row(folder, cell, variants, columns, seeds or cell.seeds))]
     if not rows:
         return
     write_json(folder / "policies.json", rows)
@@ -44,8 +52,10 @@ def write_report(
     _plot_gap(rows, folder / "gap.png")
 
 
-def _row(folder: Path, cell: Cell, variants: Sequence[Variant], columns: Sequence[str]) -> Row | None:
-    """One cell: per column the means over its seeds, the bound, and which variant stands for a swept one.
+def _row(
+    folder: Path, cell: Cell, variants: Sequence[Variant], columns: Sequence[str], seeds: Sequence[int]
+) -> Row | None:
+    """One cell: per column the means over the seeds, the bound, and which variant stands for a swept one.
 
     A column that lacks a seed is left out: seeds differ by more than policies do.
     """
@@ -55,9 +65,10 @@ def _row(folder: Path, cell: Cell, variants: Sequence[Variant], columns: Sequenc
     runs: Mapping[str, Row | None] = json.loads(file.read_text())
     by_name: dict[str, list[Row]] = {}
     for key, run in runs.items():
-        if run is not None:
-            by_name.setdefault(key.rsplit(" ", 1)[0], []).append(run)
-    by_name = {name: found for name, found in by_name.items() if len(found) >= len(cell.seeds)}
+        name, _, seed = key.rpartition(" ")
+        if run is not None and int(seed) in seeds:
+            by_name.setdefault(name, []).append(run)
+    by_name = {name: found for name, found in by_name.items() if len(found) == len(set(seeds))}
     bounds = by_name.pop("bound", [])
     means = {name: _means(found) for name, found in by_name.items()}
     row: Row = {"cell": cell.name, "policies": {}, "bound": None}

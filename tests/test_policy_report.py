@@ -18,9 +18,9 @@ def _run(slo_attainment: float) -> dict[str, Any]:
     return {**dict.fromkeys(policy_report.FIGURES, 1.0), "slo_attainment": slo_attainment}
 
 
-def _reported(folder: Path, runs: dict[str, Any]) -> dict[str, Any]:
+def _reported(folder: Path, runs: dict[str, Any], seeds: list[int] | None = None) -> dict[str, Any]:
     (folder / "small.json").write_text(json.dumps(runs))
-    policy_report.write_report(folder, [CELL], suite.VARIANTS, suite.COLUMNS)
+    policy_report.write_report(folder, [CELL], suite.VARIANTS, suite.COLUMNS, seeds)
     row: dict[str, Any]
     (row,) = json.loads((folder / "policies.json").read_text())
     return row
@@ -42,3 +42,9 @@ def test_means_over_fewer_seeds_than_the_cell_has_are_not_shown(tmp_path: Path) 
     assert row["bound"] is None
     table = (tmp_path / "policies.md").read_text()
     assert "| small | 3 | - | - | - | - | - | 0.500 | - | - | - | - | - | - | - |" in table
+
+
+def test_means_are_over_the_seeds_asked_for(tmp_path: Path) -> None:
+    row = _reported(tmp_path, {"edf 0": _run(0.5), "edf 1": _run(0.7), "edf 2": _run(0.9)}, seeds=[1, 2])
+    assert row["policies"]["edf"]["slo_attainment"] == 0.8
+    assert row["policies"]["edf"]["seeds"] == 2
