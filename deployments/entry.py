@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,17 @@ class Entry:
         if self.predicted_s is None and finish_s < math.inf:
             self.predicted_s = finish_s - self.arrival_s
             self.notify()
+
+    def sent(self, assignment: Assignment, produced: Sequence[Any]) -> None:
+        """A range of it is on its way; `produced` are references to what it will leave."""
+        self.outstanding += 1
+        if assignment.kind == "encode":
+            self.conditioning, self.latents = produced
+        elif assignment.kind == "denoise":
+            (self.latents,) = produced
+        self.touched.update(assignment.gpus)
+        self.knows.update(assignment.gpus)
+        self.holders = set(assignment.gpus)
 
     def record(self, assignment: Assignment, reports: list[Report]) -> None:
         """A range of it was run by all its members."""

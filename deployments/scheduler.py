@@ -26,8 +26,8 @@ from deployments.logs import LogForm, log_request, logger, write_as
 from deployments.meters import Families, Meters
 from deployments.planner import Planner
 from deployments.profiling import fitting_profile
+from deployments.ranges import SentRange, send, settled
 from deployments.recovery import Recovery
-from deployments.replica import boxed
 from solver.policies import make_policy
 from solver.problem import Phase
 from tetriserve.admission import Admission
@@ -373,49 +373,16 @@ class Scheduler:
     def _dispatch(self, assignment: Assignment) -> None:
         (request_id,) = assignment.request_ids
         entry = self._entries[request_id]
-        entry.outstanding += 1
         log_request(DEBUG, entry.name, "sends out %s", assignment)
-        returns = {"encode": 3, "denoise": 2, "decode": 2}[assignment.kind]
-        reports, produced = [], []
-        for gpu in assignment.gpus:
-            leader = gpu == assignment.gpus[0]
-            results = (
-                self._fleet[gpu]
-                .run.options(num_returns=returns if leader else 1)
-                .remote(
-                    assignment,
-                    entry.request if assignment.kind == "encode" else None,
-                    boxed(None if gpu in entry.knows else entry.conditioning),
-                    boxed(None if gpu in entry.holders else entry.latents),
-                    self._fleet.epoch,
-                )
-            )
-            if leader:
-                report, *produced = results
-                reports.append(report)
-            else:
-                reports.append(results)
-        if assignment.kind == "encode":
-            entry.conditioning, entry.latents = produced
-        elif assignment.kind == "denoise":
-            (entry.latents,) = produced
-        entry.touched.update(assignment.gpus)
-        entry.knows.update(assignment.gpus)
-        entry.holders = set(assignment.gpus)
-        collect = self._collect(entry, assignment, reports, produced, entry.last_range)
-        entry.last_range = self.spawn(collect)
+        sent = send(self._fleet, entry, assignment)
+        entry.sent(assignment, sent.produced)
+        entry.last_range = self.spawn(self._collect(entry, sent, entry.last_range))
 
-    async def _collect(
-        self,
-        entry: Entry,
-        assignment: Assignment,
-        reports: list[Any],
-        produced: list[Any],
-        before: asyncio.Task[None] | None,
-    ) -> None:
+    async def _collect(self, entry: Entry, sent: SentRange, before: asyncio.Task[None] | None) -> None:
         """Wait for a range and for the one before it of the same request, then count it, or plan it again
         when a GPU was lost, or fail its request."""
-        results = await self._settled(assignment, reports)
+        assignment = sent.assignment
+        results = await settled(self._fleet, sent)
         if before is not None:
             await asyncio.wait([before])
         errors = [result for result in results if isinstance(result, BaseException)]
@@ -447,7 +414,7 @@ class Scheduler:
         else:
             self._recovery.reported(assignment.gpus, now_s)
             if assignment.kind != "decode":
-                entry.committed_latents = produced[-1]
+                entry.committed_latents = sent.produced[-1]
             complete = self._rounds.finished(assignment.seq, now_s)
             ran = cast("list[Report]", results)
             self._measure(entry, assignment, ran)
@@ -456,7 +423,7 @@ class Scheduler:
                 log_request(DEBUG, entry.name, "has done %s", assignment)
                 entry.record(assignment, ran)
                 if complete:
-                    self._end(entry, entry.finish(produced[0], now_s, self._info.name))
+                    self._end(entry, entry.finish(sent.produced[0], now_s, self._info.name))
         if entry.id not in self._entries and entry.outstanding == 0:
             self._release(entry)
         self._wake.set()
@@ -470,16 +437,6 @@ class Scheduler:
             step_s = seconds_per_step(reports, steps)
             self._profile.measured(shape, degree, step_s, self._cost(entry.request))
             self._meters.corrected(shape, degree, self._profile.ratio(shape, degree))
-
-    async def _settled(self, assignment: Assignment, reports: list[Any]) -> list[Any]:
-        """What the members of a range report, errors included."""
-        waiting = {
-            asyncio.ensure_future(report): gpu for report, gpu in zip(reports, assignment.gpus, strict=True)
-        }
-        _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
-        for report in pending:  # a member failed; the others may stand in a kernel that waits for it
-            self._fleet[waiting[report]].leave.remote(assignment.gpus, assignment.seq)
-        return await asyncio.gather(*waiting, return_exceptions=True)
 
     def _widen(self, entry: Entry, assignment: Assignment) -> bool:
         """After a range that ran out of memory: go on at a higher degree. False when there is none."""
