@@ -115,7 +115,7 @@ def report(cells: dict[str, list[dict[str, Any]]]) -> str:
         shares = []
         for kind in ((1,), (2,), (1, 2)):
             right = [not result["wrong"] for result in results if result["things"] in kind]
-            shares.append(f"{100 * np.mean(right):.0f} % of {len(right)}" if right else "-")
+            shares.append(f"{100 * sum(right) // len(right)} % of {len(right)}" if right else "-")
         lines.append("| " + " | ".join(name.split() + shares) + " |")
     return "\n".join(lines)
 
