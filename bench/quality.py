@@ -105,8 +105,8 @@ def measure(
         results.append({"prompt": write(scene), "things": len(scene.things), "wrong": wrong})
         if index < ROW:
             row.append(thumbnail(image, bool(wrong)))
-            if len(row) == ROW:
-                side_by_side(row).save(out / "rows" / f"{name.replace(' ', '-')}.png")
+    if len(row) == ROW:
+        side_by_side(row).save(out / "rows" / f"{name.replace(' ', '-')}.png")
 
 
 def report(cells: dict[str, list[dict[str, Any]]]) -> str:
