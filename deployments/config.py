@@ -48,10 +48,10 @@ class CellArgs(_Section):
     cpus_per_replica: float = Field(1.0, gt=0, description="Ray CPUs reserved for each GPU replica.")
     scheduler_cpus: float = Field(1.0, gt=0, description="Ray CPUs reserved for the cell's scheduler.")
     attention_backend: str = Field(
-        "native",
+        "auto",
         min_length=1,
-        description='A diffusers attention backend ("native", "flash", "_native_cudnn", ...), or "xfuser" '
-        'or "xfuser:FLASH_3" for xfuser\'s kernels (extra `gpu`).',
+        description='"auto" (torch\'s kernels, cuDNN\'s first on Hopper), a diffusers attention backend ("native", '
+        '"flash", "_native_cudnn", ...), or "xfuser" or "xfuser:FLASH_3" for xfuser\'s kernels (extra `gpu`).',
     )
     degrees: tuple[int, ...] | None = Field(
         None, description="Sequence-parallel degrees to use; default: powers of two up to `gpus`."

@@ -49,7 +49,7 @@ class Entry:
         touched, knows, holders: GPUs that ever had it, that have its conditioning, its newest latents.
         degree: of its last denoising range; 0 before the first.
         outstanding: ranges sent out and not yet collected.
-        deadly: its ranges (`seq`) in which a replica died.
+        deadly: its ranges (`seq`) in which a replica died or the members lost each other.
         preview: the newest one.
         predicted_s: time from arrival to the end, as the first plan that saw it had it.
     """

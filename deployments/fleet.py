@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,9 +16,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
 from deployments.logs import LogForm, logger
-from deployments.replica import THREADS, GPUReplica, ReplicaInfo
+from deployments.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo
 from solver.placement import gpu_sets, group_sets
-from tetriserve.errors import ConfigError
+from tetriserve.engine.report import GivenUp
+from tetriserve.errors import ConfigError, OutOfMemory
 from tetriserve.profile import Profile
 from tetriserve.request import ModelInfo, Shape
 
@@ -25,6 +29,9 @@ Measured = Callable[[Shape, int, float], None]
 
 LOAD_TRIES = 3
 """A replica that dies or hangs while the cell starts is started again, so often at most."""
+
+FIRST_REHEARSAL = -(1 << 30)
+"""Ranges that no plan has sent are numbered from here: warming and measuring, all before the first planned one."""
 
 ANSWER_TIMEOUT_S = 5.0
 """A replica answers from threads of its own, also while it computes."""
@@ -37,7 +44,6 @@ class Fleet:
         info: the model that all of them loaded.
         device: its device, in words.
         fingerprint: changes with anything that changes step times.
-        epoch: counts the rendezvous stores; a new one with every replaced replica.
         held: how many requests have tensors on each GPU, as its replica said last.
     """
 
@@ -45,11 +51,14 @@ class Fleet:
         self._args = args
         self._group = group
         self._replicas: list[Any] = []
+        self._folder = _session_folder() / "tetriserve" / uuid.uuid4().hex
+        self._folder.mkdir(parents=True)
+        self._rehearsals = itertools.count(FIRST_REHEARSAL)
+        self._told: set[asyncio.Future[Any]] = set()
         self._log_form: LogForm | None = None
         self.info: ModelInfo
         self.device = ""
         self.fingerprint = ""
-        self.epoch = 0
         self.held = [0] * len(self)
 
     def __len__(self) -> int:
@@ -61,8 +70,22 @@ class Fleet:
     def write_logs_as(self, form: LogForm) -> None:
         """Have the replicas, those to come too, write their logs so; until then they do as Ray does by default."""
         self._log_form = form
-        for replica in filter(None, self._replicas):
-            replica.write_logs_as.remote(form)
+        for gpu, replica in enumerate(self._replicas):
+            if replica is not None:
+                self.tell(gpu, "write_logs_as", form)
+
+    def tell(self, gpu: int, method: str, *args: Any) -> None:
+        """Call a replica's method without waiting. What fails is logged; of a lost replica others know already."""
+
+        def heard(answer: asyncio.Future[Any]) -> None:
+            self._told.discard(answer)
+            error = None if answer.cancelled() else answer.exception()
+            if error is not None and not isinstance(error, ray.exceptions.RayActorError):
+                logger.error("%s failed on GPU replica %d: %s", method, gpu, error)
+
+        answer = asyncio.ensure_future(getattr(self._replicas[gpu], method).remote(*args))
+        self._told.add(answer)
+        answer.add_done_callback(heard)
 
     async def start(self) -> None:
         """Load the model everywhere and warm the groups of all sets. Raises `ConfigError`."""
@@ -70,11 +93,10 @@ class Fleet:
         infos = await asyncio.gather(*(self._load(gpu, LOAD_TRIES) for gpu in range(len(self))))
         self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
         if len(self) > 1:
-            port = await self._replicas[0].open_store.remote()
             cell = self._args.cell
             sets = tuple(gpus for gpus in group_sets(len(self)) if len(gpus) in cell.all_degrees)
-            await asyncio.gather(*(replica.join.remote(self.epoch, port) for replica in self._replicas))
-            await asyncio.gather(*(replica.warm.remote(self.epoch, sets) for replica in self._replicas))
+            seq = next(self._rehearsals)
+            await asyncio.gather(*(replica.warm.remote(sets, seq) for replica in self._replicas))
 
     async def replace(self, gpu: int) -> None:
         """Put a new replica in place of a lost one and wait until it has loaded the model; `rejoin` it next.
@@ -104,19 +126,15 @@ class Fleet:
     async def rejoin(self, gpu: int, others: set[int]) -> None:
         """Bring a new replica together with the survivors among `others`, who keep weights and states.
 
-        One at a time. Groups with the new replica are built over a fresh store when a plan first needs them, in
+        They forget their groups with the old one. Groups with the new one are built when a plan first needs them, in
         plan order, so that nobody has to stop for it. Raises what Ray or the replica raises if it cannot be done.
         """
-        epoch = self.epoch + 1
-        port = await self._replicas[gpu].open_store.remote()
-        await self._replicas[gpu].join.remote(epoch, port)
-        joined = [self._replicas[other].join.remote(epoch, port, gpu) for other in others - {gpu}]
-        # one that dies meanwhile is replaced next, in an epoch of its own
-        results = await asyncio.gather(*joined, return_exceptions=True)
+        dropped = [self._replicas[other].drop.remote(gpu) for other in others - {gpu}]
+        # one that dies meanwhile is replaced next
+        results = await asyncio.gather(*dropped, return_exceptions=True)
         for error in results:
             if isinstance(error, BaseException) and not isinstance(error, ray.exceptions.RayActorError):
                 raise error
-        self.epoch = epoch
 
     async def silent(self, gpus: Iterable[int]) -> set[int]:
         """Those of `gpus` whose replica is dead or does not answer within `ANSWER_TIMEOUT_S`."""
@@ -149,7 +167,7 @@ class Fleet:
     def _new(self, gpu: int) -> Any:
         cell = self._args.cell
         replica: Any = (
-            ray.remote(GPUReplica)
+            ray.remote(concurrency_groups=CONTROL)(GPUReplica)
             .options(
                 num_cpus=cell.cpus_per_replica,
                 num_gpus=1 if cell.device == "cuda" else 0,
@@ -159,11 +177,37 @@ class Fleet:
                     self._group, placement_group_bundle_index=1 + gpu
                 ),
             )
-            .remote(gpu, self._args)
+            .remote(gpu, self._args, self._folder)
         )
         if self._log_form is not None:
             replica.write_logs_as.remote(self._log_form)
         return replica
+
+    async def settled(
+        self, calls: Sequence[tuple[int, Any]], gpus: tuple[int, ...], seq: int
+    ) -> tuple[list[Any], list[BaseException]]:
+        """Wait for the members of range `seq` over `gpus`, given as (GPU, reference to what its call returns).
+
+        When one fails the others are told to leave: they may stand in a kernel that waits for it.
+
+        Returns:
+            What each came to, errors included, and the errors in the order in which they came.
+        """
+        errors: list[BaseException] = []
+
+        def note(call: asyncio.Future[Any]) -> None:
+            error = asyncio.CancelledError() if call.cancelled() else call.exception()
+            if error is not None:
+                errors.append(error)
+
+        waiting = {asyncio.ensure_future(call): gpu for gpu, call in calls}
+        for call in waiting:
+            call.add_done_callback(note)
+        _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        for call in pending:
+            self.tell(waiting[call], "leave", gpus, seq)
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        return results, errors
 
     def measurable(self) -> list[tuple[Shape, int]]:
         """Every shape and degree of the configuration that the model can run; logs why others cannot.
@@ -184,43 +228,84 @@ class Fleet:
         return pairs
 
     async def measure(self, shape: Shape, degree: int) -> tuple[float, float | None, float | None]:
-        """Median seconds of (step, encode, decode) with all GPUs busy at this degree, as in service."""
+        """Median seconds of (step, encode, decode) with all GPUs busy at this degree, as in service.
+
+        Raises what a replica raises, `OutOfMemory` when it does not fit.
+        """
         settings = self._args.profile
         disjoint: list[tuple[int, ...]] = []
         for gpus in gpu_sets(len(self), degree):
             if not any(set(gpus) & set(other) for other in disjoint):
                 disjoint.append(gpus)
-        results = await asyncio.gather(
-            *(
-                self._replicas[gpu].measure.remote(shape, gpus, settings.warmup, settings.repeats)
-                for gpus in disjoint
+
+        def measuring(gpus: tuple[int, ...]) -> Any:
+            seq = next(self._rehearsals)
+            calls = [
+                (gpu, self._replicas[gpu].measure.remote(shape, gpus, seq, settings.warmup, settings.repeats))
                 for gpu in gpus
-            )
-        )
+            ]
+            return self.settled(calls, gpus, seq)
+
+        results = []
+        for measured, errors in await asyncio.gather(*map(measuring, disjoint)):
+            if errors:
+                raise first_cause(errors)
+            results += measured
         steps, encodes, decodes = zip(*results, strict=True)
         if degree > 1:
             return statistics.median(steps), None, None
         return statistics.median(steps), statistics.median(encodes), statistics.median(decodes)
 
     async def profile(self, measured: Measured) -> Profile:
-        """Measure every shape and degree of the configuration."""
+        """Measure every shape and degree of the configuration; what does not fit into memory is left out.
+
+        Raises `ConfigError` when nothing is left, else what a replica raises.
+        """
         args = self._args
         steps: dict[Shape, dict[int, float]] = {}
         encode: dict[Shape, float] = {}
         decode: dict[Shape, float] = {}
         for shape, degree in self.measurable():
-            step_s, encode_s, decode_s = await self.measure(shape, degree)
+            try:
+                step_s, encode_s, decode_s = await self.measure(shape, degree)
+            except OutOfMemory as error:
+                logger.warning("degree %d is not used for %s: out of memory: %s", degree, shape, error)
+                continue
             steps.setdefault(shape, {})[degree] = step_s
             if encode_s is not None and decode_s is not None:
                 encode[shape], decode[shape] = encode_s, decode_s
             measured(shape, degree, step_s)
+        if not steps:
+            raise ConfigError("args.profile.shapes: the model runs out of memory at every shape and degree")
         return Profile(
             model=self.info.name,
             device=self.device,
             source=f"measured by tetriserve profile: median of {args.profile.repeats} steps after "
             f"{args.profile.warmup}, {args.model.dtype}, {args.cell.attention_backend} attention",
-            degrees=args.cell.all_degrees,
+            degrees=tuple(sorted({degree for times in steps.values() for degree in times})),
             step_seconds=steps,
             encode_seconds=encode,
             decode_seconds=decode,
         )
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a replica raised, out of Ray's wrapping."""
+    return getattr(error, "cause", None) or error
+
+
+def is_elsewhere(cause: BaseException) -> bool:
+    """Whether a member's call failed for nothing that the member or its request did."""
+    return isinstance(cause, GivenUp | ray.exceptions.RayError)
+
+
+def first_cause(errors: Sequence[BaseException]) -> BaseException:
+    """Of the errors of a range's members, in the order in which they came, the one that the others follow from."""
+    causes = [cause_of(error) for error in errors]
+    return next((cause for cause in causes if not is_elsewhere(cause)), causes[0])
+
+
+def _session_folder() -> Path:
+    """Of Ray's session: on this node, as all of a cell is, and removed with the session's logs."""
+    node: Any = ray._private.worker._global_node
+    return Path(node.get_session_dir_path())

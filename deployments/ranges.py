@@ -5,7 +5,6 @@ Latents and pictures stay references: they go from replica to replica.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +45,6 @@ def send(fleet: Fleet, entry: Entry, assignment: Assignment) -> SentRange:
                 entry.request if assignment.kind == "encode" else None,
                 boxed(None if gpu in entry.knows else entry.conditioning),
                 boxed(None if gpu in entry.holders else entry.latents),
-                fleet.epoch,
             )
         )
         if is_leader:
@@ -57,13 +55,7 @@ def send(fleet: Fleet, entry: Entry, assignment: Assignment) -> SentRange:
     return SentRange(assignment, tuple(reports), tuple(produced))
 
 
-async def settled(fleet: Fleet, sent: SentRange) -> list[Any]:
-    """What the members of a range report, errors included."""
-    assignment = sent.assignment
-    waiting = {
-        asyncio.ensure_future(report): gpu for report, gpu in zip(sent.reports, assignment.gpus, strict=True)
-    }
-    _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
-    for report in pending:  # a member failed; the others may stand in a kernel that waits for it
-        fleet[waiting[report]].leave.remote(assignment.gpus, assignment.seq)
-    return await asyncio.gather(*waiting, return_exceptions=True)
+async def settled(fleet: Fleet, sent: SentRange) -> tuple[list[Any], list[BaseException]]:
+    """What the members of a range report, errors included, and the errors in the order in which they came."""
+    gpus = sent.assignment.gpus
+    return await fleet.settled(list(zip(gpus, sent.reports, strict=True)), gpus, sent.assignment.seq)

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from logging import DEBUG, ERROR, WARNING
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from deployments.config import AppArgs
 from deployments.entry import name_of
-from deployments.logs import LogForm, log_request, write_as
+from deployments.logs import LogForm, log_request, logger, write_as
+from tetriserve.engine.environment import set_environment
+from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, OutOfMemory
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
 from tetriserve.scheduler import Assignment
@@ -29,6 +32,10 @@ CPU_NICENESS = 10
 
 THREADS = 32
 """Calls a replica can hold: they wait for their turn here, so that arguments are there when it comes."""
+
+CONTROL = {"control": 4}
+"""Threads beside them for calls that wait for nothing: however many ranges stand here, the replica answers, and
+leaves a group that hangs."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,19 @@ class PlanOrder:
         self._waiting: dict[int, tuple[int, Callable[[], Any], Future[Any]]] = {}
         self._unordered: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._last_seq = -1
-        threading.Thread(target=self._work, args=(niceness,), name="engine", daemon=True).start()
+        threading.Thread(target=self._work_or_end, args=(niceness,), name="engine", daemon=True).start()
 
-    def run(self, call: Callable[[], Any]) -> Any:
-        """Run between ranges, as soon as the worker is free; blocks and returns the result."""
+    def post(self, call: Callable[[], Any]) -> Future[Any]:
+        """Run between ranges, as soon as the worker is free; does not wait for it."""
         future: Future[Any] = Future()
         with self._ready:
             self._unordered.append((call, future))
             self._ready.notify()
-        return future.result()
+        return future
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """The same; blocks and returns the result."""
+        return self.post(call).result()
 
     def run_after(self, after: int, seq: int, call: Callable[[], Any]) -> Any:
         """Run as range `seq`, right behind range `after`; blocks and returns the result."""
@@ -65,6 +76,14 @@ class PlanOrder:
             self._waiting[after] = (seq, call, future)
             self._ready.notify()
         return future.result()
+
+    def _work_or_end(self, niceness: int) -> None:
+        """Without its worker a replica would take calls and answer none: then its process ends, to be replaced."""
+        try:
+            self._work(niceness)
+        except BaseException:
+            logger.critical("the engine thread died, this process ends", exc_info=True)
+            os._exit(1)
 
     def _work(self, niceness: int) -> None:
         if niceness:
@@ -99,19 +118,31 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
+def _log_failed(future: Future[Any]) -> None:
+    """For calls that nobody waits for."""
+    if error := future.exception():
+        logger.error("a release failed", exc_info=error)
+
+
 class GPUReplica:
     """Ray actor (threaded) that holds a whole model and runs step ranges for groups of replicas.
 
     A range that did not run as planned raises in the caller; the replica stays usable. Only where the device is
     broken, as CUDA is after an illegal access, the process ends, to be replaced like any that dies.
+
+    Args:
+        gpu: its number in the cell.
+        args: the application's arguments.
+        folder: of the cell, for its replicas to meet in.
     """
 
-    def __init__(self, gpu: int, args: AppArgs) -> None:
+    def __init__(self, gpu: int, args: AppArgs, folder: Path) -> None:
+        set_environment()
         import torch
 
         self._gpu = gpu
         self._args = args
-        self._stores: list[Any] = []
+        self._folder = folder
         on_cuda = args.cell.device == "cuda"
         if on_cuda and not torch.cuda.is_available():
             raise ConfigError("cell.device: no CUDA device is visible to this replica; use cpu")
@@ -147,12 +178,12 @@ class GPUReplica:
         adapter = load_model(
             model.path,
             limits,
-            attention_kernel(self._args.cell.attention_backend),
+            attention_kernel(self._args.cell.attention_backend, device),
             dtype=getattr(torch, model.dtype),
             device=device,
             revision=model.revision,
         )
-        self._engine = Engine(adapter, GroupTable(self._gpu, device))
+        self._engine = Engine(adapter, GroupTable(self._gpu, device, self._folder))
         self._info = self._describe()
 
     def _describe(self) -> ReplicaInfo:
@@ -174,6 +205,7 @@ class GPUReplica:
         fingerprint = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()
         return ReplicaInfo(adapter.info, device, fingerprint)
 
+    @ray.method(concurrency_group="control")
     def write_logs_as(self, form: LogForm) -> None:
         """Write what is logged here so."""
         write_as(form, f"GPUReplica_{self._gpu}")
@@ -182,6 +214,7 @@ class GPUReplica:
         """What was loaded."""
         return self._info
 
+    @ray.method(concurrency_group="control")
     def held(self) -> int:
         """How many requests have tensors here.
 
@@ -189,27 +222,17 @@ class GPUReplica:
         """
         return self._engine.held
 
-    def open_store(self) -> int:
-        """Host a fresh rendezvous store for the cell; returns its port."""
-        from tetriserve.engine.groups import open_store
-
-        port, store = open_store()
-        self._stores.append(store)
-        return port
-
-    def join(self, epoch: int, port: int, lost: int | None = None) -> None:
-        """Build groups over the store on `port` from now on; forget those with a GPU that was lost."""
+    def drop(self, lost: int) -> None:
+        """Forget the groups with a GPU that was lost."""
         groups = self._engine.groups
-        if lost is not None:
-            if self._device.type == "cuda":
-                groups.drop(lost)  # at once: a kernel that waits for a dead GPU only ends when it is aborted
-            else:
-                self._order.run(lambda: groups.drop(lost))
-        groups.join(epoch, port)
+        if self._device.type == "cuda":
+            groups.drop(lost)  # at once: a kernel that waits for a dead GPU only ends when it is aborted
+        else:
+            self._order.run(lambda: groups.drop(lost))
 
-    def warm(self, epoch: int, sets: tuple[tuple[int, ...], ...]) -> None:
-        """Build the groups of `sets` beforehand; every replica of the cell must be called."""
-        self._order.run(lambda: self._engine.groups.warm(epoch, sets))
+    def warm(self, sets: tuple[tuple[int, ...], ...], seq: int) -> None:
+        """Build the groups of `sets` beforehand, as range `seq`; every replica of the cell must be called."""
+        self._order.run(lambda: self._engine.groups.warm(sets, seq))
 
     def run(
         self,
@@ -217,11 +240,11 @@ class GPUReplica:
         request: GenerateRequest | None,
         conditioning: Boxed,
         latents: Boxed,
-        epoch: int = 0,
     ) -> Any:
-        """Run a step range in its turn; `epoch` is the cell's when it was planned.
+        """Run a step range in its turn.
 
-        When it fails nothing of its request stays here. Raises `OutOfMemory` when memory was short.
+        When it fails nothing of its request stays here. Raises `OutOfMemory` when memory was short, `GivenUp` when
+        the cause is somewhere else.
 
         Returns:
             encode: (Report, Conditioning, Latents); decode: (Report, picture);
@@ -242,9 +265,9 @@ class GPUReplica:
             engine = self._engine
             log_request(DEBUG, name, "begins %s", assignment)
             # first of all, for nobody can leave a group that the others still build
-            group = engine.groups.group(assignment.gpus, epoch, assignment.seq)
+            group = engine.groups.group(assignment.gpus, assignment.seq)
             if missing:
-                raise RuntimeError(missing)
+                raise GivenUp(missing)
             if assignment.kind == "encode":
                 assert request is not None
                 return engine.encode(request_id, request)
@@ -256,7 +279,6 @@ class GPUReplica:
                 assignment.first_step,
                 assignment.steps,
                 *held,
-                epoch,
                 assignment.seq,
             )
             packed = engine.pack(request_id) if place == 0 else None
@@ -265,34 +287,54 @@ class GPUReplica:
             return report if packed is None else (report, packed)
 
         def call() -> Any:
-            from tetriserve.engine.engine import is_broken_device, is_out_of_memory
-
-            try:
-                return advance()
-            except Exception as error:
-                if is_broken_device(error):
-                    log_request(ERROR, name, "met a broken device, GPU replica %d ends: %s", self._gpu, error)
-                    os._exit(1)
-                failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
-                log_request(WARNING, name, "failed in %s: %s", assignment, type(error).__name__)
-            # only here the traceback is gone that holds the tensors of the failed step
-            self._engine.abandon(request_id, assignment.gpus, assignment.seq)
-            raise failure
+            return self._or_abandon(
+                advance, request_id, assignment.gpus, assignment.seq, name, f"{assignment}"
+            )
 
         return self._order.run_after(assignment.after[place], assignment.seq, call)
 
+    def _or_abandon(
+        self, call: Callable[[], Any], request_id: str, gpus: tuple[int, ...], seq: int, name: str, what: str
+    ) -> Any:
+        """`call`, and when it fails nothing of its request or group stays here. Logs of `name` that `what` failed."""
+        from tetriserve.engine.engine import is_out_of_memory
+
+        try:
+            return call()
+        except Exception as error:
+            failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
+            log_request(WARNING, name, "failed in %s: %s", what, type(error).__name__)
+        # only here the traceback is gone that holds the tensors of the failed step
+        try:
+            self._engine.abandon(request_id, gpus, seq)
+        except Exception as broken:
+            log_request(
+                ERROR, name, "met a broken device, GPU replica %d ends: %s: %s", self._gpu, failure, broken
+            )
+            os._exit(1)
+        raise failure
+
+    @ray.method(concurrency_group="control")
     def leave(self, gpus: tuple[int, ...], seq: int) -> None:
         """Another member of range `seq` failed: do not wait for it any longer."""
         self._engine.groups.call_off(seq)
         if self._device.type == "cuda":  # in a collective gloo notices by itself
             self._engine.groups.leave(gpus, seq)
 
+    @ray.method(concurrency_group="control")
     def release(self, request_id: str) -> None:
-        """Free a request's memory."""
-        self._order.run(lambda: self._engine.release(request_id))
+        """Free a request's memory, as soon as the engine is between two ranges; does not wait for it."""
+        self._order.post(lambda: self._engine.release(request_id)).add_done_callback(_log_failed)
 
     def measure(
-        self, shape: Shape, gpus: tuple[int, ...], warmup: int, repeats: int
+        self, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int
     ) -> tuple[float, float | None, float | None]:
-        """`Engine.measure`; every member of `gpus` must be called."""
-        return self._order.run(lambda: self._engine.measure(shape, gpus, warmup, repeats))
+        """`Engine.measure`; every member of `gpus` must be called, as range `seq`. Raises as `run` does."""
+        name = f"measure-{seq}"
+
+        def call() -> Any:
+            return self._engine.measure(name, shape, gpus, seq, warmup, repeats)
+
+        return self._order.run(
+            lambda: self._or_abandon(call, name, gpus, seq, name, f"a measurement of {shape}")
+        )

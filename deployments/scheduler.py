@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.config import AppArgs
 from deployments.entry import Entry, Kept, executed, unix_ahead_s
-from deployments.fleet import Fleet
+from deployments.fleet import Fleet, cause_of, first_cause, is_elsewhere
 from deployments.logs import LogForm, log_request, logger, write_as
 from deployments.meters import Families, Meters
 from deployments.planner import Planner
@@ -58,8 +58,8 @@ from tetriserve.request import (
 from tetriserve.scheduler import Assignment, RoundScheduler
 
 MIN_DEADLY = 3
-"""A request in so many of whose ranges a replica died, and in no fewer than `cell.max_losses`, is taken for the
-cause: it ends before it has taken every GPU of the cell with it."""
+"""A request in so many of whose ranges a replica died or an exchange broke, and in no fewer than `cell.max_losses`,
+is taken for the cause: it ends before it has taken every GPU of the cell with it."""
 
 PLANS_KEPT = 1000
 """Decisions whose time is remembered for the status."""
@@ -328,7 +328,7 @@ class Scheduler:
 
     def _release(self, entry: Entry) -> None:
         for gpu in entry.touched - self._recovery.lost:
-            self._fleet[gpu].release.remote(entry.id)
+            self._fleet.tell(gpu, "release", entry.id)
         entry.touched = set()
         entry.conditioning = entry.latents = entry.committed_latents = None
 
@@ -382,10 +382,9 @@ class Scheduler:
         """Wait for a range and for the one before it of the same request, then count it, or plan it again
         when a GPU was lost, or fail its request."""
         assignment = sent.assignment
-        results = await settled(self._fleet, sent)
+        results, errors = await settled(self._fleet, sent)
         if before is not None:
             await asyncio.wait([before])
-        errors = [result for result in results if isinstance(result, BaseException)]
         members = set(assignment.gpus)
         lost = self._recovery.lost
         silent = await self._fleet.silent(members - lost) if errors and not entry.aborting else set()
@@ -398,19 +397,24 @@ class Scheduler:
                 for gpu in silent:
                     self._recovery.lose(gpu)
             self._rounds.aborted(assignment.seq, now_s)
-            short = [error for error in errors if isinstance(_cause(error), OutOfMemory)]
+            short = [cause for cause in map(cause_of, errors) if isinstance(cause, OutOfMemory)]
+            # an exchange may fail though all members live, and none of them failed by itself
+            torn = bool(errors) and not gone and all(is_elsewhere(cause_of(error)) for error in errors)
+            if torn and not entry.aborting:
+                entry.deadly.add(assignment.seq)
             if short and not entry.aborting and not self._widen(entry, assignment):
                 self._fail(entry, assignment, short[0])
             elif len(entry.deadly) >= max(MIN_DEADLY, self._args.cell.max_losses):
                 times = len(entry.deadly)
-                self._fail(entry, assignment, RuntimeError(f"replicas died in {times} of its step ranges"))
-            elif gone or short or entry.aborting:
+                why = f"in {times} of its step ranges replicas died or lost each other"
+                self._fail(entry, assignment, RuntimeError(why))
+            elif gone or short or torn or entry.aborting:
                 self._meters.lost_range(assignment.kind)
                 log_request(WARNING, entry.name, "lost %s", assignment)
                 entry.lose(assignment)
                 entry.roll_back()
             else:
-                self._fail(entry, assignment, errors[0])
+                self._fail(entry, assignment, first_cause(errors))
         else:
             self._recovery.reported(assignment.gpus, now_s)
             if assignment.kind != "decode":
@@ -449,12 +453,11 @@ class Scheduler:
             )
         return widened
 
-    def _fail(self, entry: Entry, assignment: Assignment, error: BaseException) -> None:
+    def _fail(self, entry: Entry, assignment: Assignment, cause: BaseException) -> None:
         """The request failed by itself; the ones beside and after it go on."""
         if entry.id not in self._entries:
             return
-        cause = _cause(error)
-        log_request(ERROR, entry.name, "failed in %s: %s", assignment.kind, error)
+        log_request(ERROR, entry.name, "failed in %s: %r", assignment.kind, cause)
         if isinstance(cause, OutOfMemory):
             self._end(entry, OutOfMemory(f"{assignment.kind} ran out of memory: {cause.message}"))
         else:
@@ -583,11 +586,6 @@ class Scheduler:
         if not task.cancelled() and task.exception() is not None:
             logger.error("a scheduler task failed", exc_info=task.exception())
             self._fail_cell(f"internal error: {task.exception()!r}")
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What a replica raised, out of Ray's wrapping."""
-    return getattr(error, "cause", None) or error
 
 
 def _asked(option: bool | None, default: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch.multiprocessing as mp
 from solver.placement import group_sets
 
 
-def _serve(gpu: int, n_gpus: int, port: int, folders: dict[str, Path], text_tokens: int, pipe: Any) -> None:
+def _serve(
+    gpu: int, n_gpus: int, meeting: Path, folders: dict[str, Path], text_tokens: int, pipe: Any
+) -> None:
     from tetriserve.engine.attention import attention_kernel
     from tetriserve.engine.engine import Engine
     from tetriserve.engine.groups import GroupTable
@@ -21,15 +24,14 @@ def _serve(gpu: int, n_gpus: int, port: int, folders: dict[str, Path], text_toke
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    groups = GroupTable(gpu, device)
-    groups.join(0, port)
-    groups.warm(0, group_sets(n_gpus))
+    groups = GroupTable(gpu, device, meeting)
+    groups.warm(group_sets(n_gpus), -1)
     engines = {
         name: Engine(
             load_model(
                 str(folder),
                 ModelLimits(name, max_sequence_length=text_tokens),
-                attention_kernel("native"),
+                attention_kernel("auto", device),
                 dtype=torch.float32,
                 device=device,
             ),
@@ -54,16 +56,16 @@ class ReplicaPool:
     """`n_gpus` processes, each holding every model of `folders`."""
 
     def __init__(self, n_gpus: int, folders: dict[str, Path], text_tokens: int) -> None:
-        from tetriserve.engine.groups import open_store
-
-        port, self._store = open_store()
+        self._meeting = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
         self.n_gpus = n_gpus
         self._pipes, self._processes = [], []
         for gpu in range(n_gpus):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(gpu, n_gpus, port, folders, text_tokens, theirs), daemon=True
+                target=_serve,
+                args=(gpu, n_gpus, Path(self._meeting.name), folders, text_tokens, theirs),
+                daemon=True,
             )
             process.start()
             self._pipes.append(ours)
@@ -95,3 +97,4 @@ class ReplicaPool:
             process.join(timeout=30)
             if process.is_alive():
                 process.kill()
+        self._meeting.cleanup()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,3 +27,37 @@ def test_ranges_wait_for_the_one_before_also_when_that_one_failed() -> None:
             pool.submit(order.run_after, 2, 4, fail).result(timeout=10)
         third.result(timeout=10)
     assert ran == [2, 9]
+
+
+def test_what_nobody_waits_for_runs_between_ranges() -> None:
+    order, ran = PlanOrder(niceness=0), list[str]()
+    begun, over = threading.Event(), threading.Event()
+
+    def long_range() -> None:
+        begun.set()
+        over.wait(10)
+        ran.append("range")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(order.run_after, -1, 0, long_range)
+        assert begun.wait(10)
+        posted = order.post(lambda: ran.append("posted"))
+        assert not posted.done()
+        over.set()
+        posted.result(timeout=10)
+    assert ran == ["range", "posted"]
+
+
+def test_an_engine_thread_that_dies_ends_its_process_and_says_why() -> None:
+    """Cancelled from outside, a call's result has nowhere to go: the thread does not survive that."""
+    program = """
+import time
+from deployments.replica import PlanOrder
+order = PlanOrder(niceness=0)
+order.post(lambda: time.sleep(0.5))
+order.post(print).cancel()
+time.sleep(60)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 1
+    assert "the engine thread died" in ended.stderr and "InvalidStateError" in ended.stderr

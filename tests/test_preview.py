@@ -67,8 +67,10 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.set_num_threads(1)
     folder: Path = make(tmp_path_factory.mktemp("models") / request.param)
     limits = ModelLimits("m", max_sequence_length=30)
-    adapter = load_model(str(folder), limits, attention_kernel("native"), dtype=torch.float32, device=CPU)
-    return Engine(adapter, GroupTable(0, CPU))
+    adapter = load_model(
+        str(folder), limits, attention_kernel("native", CPU), dtype=torch.float32, device=CPU
+    )
+    return Engine(adapter, GroupTable(0, CPU, Path("unused")))
 
 
 def run(

@@ -23,11 +23,8 @@ from tetriserve.engine.report import Report
 from tetriserve.models.adapter import ModelAdapter, RequestState
 from tetriserve.request import GenerateRequest, Shape
 
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What the CPU's allocator and CUDA's libraries say in a RuntimeError."""
-
-BROKEN_DEVICE = ("CUDA error:", "CUBLAS_STATUS_", "CUDNN_STATUS_", "unhandled cuda error")
-"""What CUDA's libraries and NCCL say in a RuntimeError."""
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+"""What the CPU's allocator, CUDA, NCCL, cuBLAS and cuDNN say in a RuntimeError when memory is short."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,15 +32,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
-
-
-def is_broken_device(error: BaseException) -> bool:
-    """Whether the device can do nothing more in this process, as after every CUDA error but a lack of memory."""
-    if is_out_of_memory(error):
-        return False
-    return isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in BROKEN_DEVICE)
-    )
 
 
 class Engine:
@@ -85,7 +73,6 @@ class Engine:
         steps: int,
         conditioning: Conditioning | None = None,
         latents: Latents | None = None,
-        epoch: int = 0,
         seq: int = 0,
     ) -> Report:
         """Run `steps` steps from `first_step` over `gpus`, as range `seq`; the state stays here, on every member.
@@ -96,7 +83,7 @@ class Engine:
         are no numbers any more, and whatever a step raises.
         """
         started_s = self._start()
-        group = self.groups.group(gpus, epoch, seq)
+        group = self.groups.group(gpus, seq)
         state = self._state(request_id, first_step, conditioning, latents)
         switched_s = time.time()
         info = self.adapter.info
@@ -140,22 +127,26 @@ class Engine:
     def abandon(self, request_id: str, gpus: tuple[int, ...], seq: int) -> None:
         """Range `seq` over `gpus` failed here: leave their group, forget the request, give its memory back.
 
-        The other members, who may wait for this one, then fail too and do the same.
+        The other members, who may wait for this one, then fail too and do the same. Raises what the device raises
+        when it can do nothing more in this process, as CUDA cannot after an illegal access: whether an error was of
+        that kind its text does not say.
         """
         self.groups.leave(gpus, seq)
         self.release(request_id)
-        if self.adapter.device.type == "cuda":
+        device = self.adapter.device
+        if device.type == "cuda":
             torch.cuda.empty_cache()
+        torch.ones(1, device=device).sum().item()
 
     @torch.inference_mode()
     def measure(
-        self, shape: Shape, gpus: tuple[int, ...], warmup: int, repeats: int
+        self, request_id: str, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int
     ) -> tuple[float, float | None, float | None]:
         """Median seconds of (one step over `gpus`, encode, decode); the last two only for one GPU.
 
-        All members call it together; the request is made up and released again.
+        All members call it together, as range `seq`; the request is made up and released again. `abandon` it when
+        this raises.
         """
-        request_id = f"measure-{shape}-{gpus}"
         request = GenerateRequest(
             "a small red circle", shape.height, shape.width, num_inference_steps=warmup + repeats, seed=0
         )
@@ -165,7 +156,7 @@ class Engine:
             encode_s.append(report.ended_s - report.started_s)
         step_s = []
         for step in range(warmup + repeats):
-            report = self.denoise(request_id, gpus, step, 1)
+            report = self.denoise(request_id, gpus, step, 1, seq=seq)
             step_s.append(report.ended_s - report.started_s)
         decode_s = []
         for _ in range(1 + repeats if len(gpus) == 1 else 0):
@@ -218,5 +209,8 @@ class Engine:
         peak = 0
         if self.adapter.device.type == "cuda":
             torch.cuda.synchronize(self.adapter.device)
-            peak = torch.cuda.max_memory_allocated(self.adapter.device)
+            free, total = torch.cuda.mem_get_info(self.adapter.device)
+            # what torch does not allocate is there as well: NCCL's buffers, CUDA's context and libraries
+            others = total - free - torch.cuda.memory_reserved(self.adapter.device)
+            peak = torch.cuda.max_memory_allocated(self.adapter.device) + others
         return Report(started_s, time.time(), switched_s - started_s, peak)

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class GivenUp(RuntimeError):
+    """A range could not go on for something that happened elsewhere: another member failed, or the range before."""
+
+
 @dataclass(frozen=True)
 class Report:
     """When an assignment ran on one GPU (Unix seconds) and what it took.

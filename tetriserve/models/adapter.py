@@ -47,6 +47,16 @@ class RequestState:
     step: int = 0
 
 
+def picture(pixels: torch.Tensor) -> np.ndarray:
+    """[1, 3, height, width], about -1 to 1, to uint8 [height, width, 3].
+
+    What diffusers' image processor makes of it, to the bit, but made where the pixels are: a quarter of the bytes
+    come to the host, and nothing is left to be computed there while the device waits.
+    """
+    levels = (pixels[0] * 0.5 + 0.5).clamp(0, 1).float() * 255
+    return levels.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+
+
 class ModelAdapter(ABC):
     """A diffusers pipeline taken apart into phases; subclasses know one family.
 
@@ -56,6 +66,7 @@ class ModelAdapter(ABC):
 
     pipeline_class: ClassVar[Any]
     family: ClassVar[str]
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     shard_plan: ClassVar[ShardPlan]
 
     def __init__(self, pipeline: Any, limits: ModelLimits, kernel: Kernel) -> None:
@@ -99,8 +110,7 @@ class ModelAdapter(ABC):
 
     def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
         """Finished latents to a picture, uint8 [height, width, 3]."""
-        pixels = self.pixels(self.spatial(request, latents))
-        return np.asarray(self.pipeline.image_processor.postprocess(pixels, output_type="pil")[0])
+        return picture(self.pixels(self.spatial(request, latents)))
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         """The request with the model's defaults filled in."""

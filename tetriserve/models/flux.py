@@ -58,6 +58,7 @@ class FluxAttention:
 class FluxAdapter(ModelAdapter):
     pipeline_class = FluxPipeline
     family = "flux"
+    dtypes = ("float32", "bfloat16")  # activations of its late blocks leave float16's range: black pictures
     shard_plan = FluxTransformer2DModel._cp_plan
 
     def _info(self, limits: ModelLimits) -> ModelInfo:

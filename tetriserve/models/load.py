@@ -28,7 +28,10 @@ def load_model(
     device: torch.device,
     revision: str | None = None,
 ) -> ModelAdapter:
-    """Load a diffusers pipeline. Raises `ConfigError` when the folder is missing or of no known family."""
+    """Load a diffusers pipeline, straight to `device`: a node with eight GPUs need not hold the weights eight times.
+
+    Raises `ConfigError` when the folder is missing, of no known family, or the family cannot have the `dtype`.
+    """
     source = str(embedded_folder(path)) if path in EMBEDDED else path
     try:
         index = DiffusionPipeline.load_config(source, revision=revision)
@@ -40,7 +43,13 @@ def load_model(
         raise ConfigError(
             f"model.path: {source!r} is a {index['_class_name']}, supported are {', '.join(sorted(ADAPTERS))}"
         )
-    pipeline = adapter.pipeline_class.from_pretrained(source, dtype=dtype, revision=revision)
-    pipeline.to(device)
+    name = str(dtype).removeprefix("torch.")
+    if name not in adapter.dtypes:
+        raise ConfigError(
+            f"model.dtype: {name} overflows in {adapter.family} models, allowed are {', '.join(adapter.dtypes)}"
+        )
+    pipeline = adapter.pipeline_class.from_pretrained(
+        source, dtype=dtype, revision=revision, device_map=device.type
+    )
     pipeline.transformer.eval()
     return adapter(pipeline, limits, kernel)
