@@ -1,6 +1,6 @@
 """A live server under open-loop load while its processes are killed and stopped.
 
-    python bench/chaos.py [--requests 200] [--faults 20] [--seed 0] [--rate 30] [--kinds replica-kill ...]
+    python bench/chaos.py [--requests 200] [--faults 20] [--gpus 2] [--seed 0] [--rate 30] [--kinds replica-kill ...]
 
 Plays a mixed 256/512/1024 trace with deadlines fault-free, then once more on the same server, same prompts and
 seeds, with faults at seeded times: SIGKILL and SIGSTOP of GPU replicas and of the scheduler actor, SIGKILL of the
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=MIX, help="with weights")
     parser.add_argument("--slo", default="3x", help="deadline, times the best time alone")
     parser.add_argument("--patience", type=float, default=300.0, metavar="S", help="for one picture")
+    parser.add_argument("--gpus", type=int, default=2, help="replicas")
     parser.add_argument("--profile", type=Path, help="step times; default: measured first")
     parser.add_argument("--out", type=Path, default=Path("bench/results/chaos"))
     options = parser.parse_args()
@@ -156,6 +157,7 @@ def main() -> None:
         "step_timeout_floor_s": WATCHDOG_FLOOR_S,
         "load_timeout_s": LOAD_TIMEOUT_S,
         "max_losses": 10 * options.faults,
+        "gpus": options.gpus,
     }
     with local_setup(options.profile, **cell) as setup:
         trace = make_trace(options, setup)

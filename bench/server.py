@@ -19,6 +19,9 @@ from tetriserve.profile import Profile
 from tetriserve.trace import TraceRequest
 from tetriserve.workload import SloRule, Workload, parse_shapes
 
+TETRISERVE = [sys.executable, "-m", "tetriserve.cli"]
+"""The command line; where the package is not installed there is no script for it."""
+
 CONFIG = Path("cluster_configs/cpu_local.yaml")
 MIX = "256x256=4,512x512=3,1024x1024=1"
 """Shapes with their weights."""
@@ -35,10 +38,8 @@ def running_server(config: Path, policy: str) -> Iterator[RunningServer]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "tetriserve"), "serve", "--config", str(config)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--policy", policy], stdout=subprocess.PIPE, text=True
-    )
+    command = [*TETRISERVE, "serve", "--config", str(config), "--port", str(port), "--policy", policy]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         if not any("tetriserve is ready" in line for line in process.stdout):
@@ -85,16 +86,16 @@ def local_setup(profile_file: Path | None = None, **cell: float) -> Iterator[Set
     args = config["applications"][0]["args"]
     args["cell"] |= cell
     with tempfile.TemporaryDirectory() as folder:
-        profile_file = profile_file or measured_profile(Path(folder))
-        args["profile"]["path"] = str(profile_file.resolve())
         path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        profile_file = profile_file or measured_profile(path)
+        args["profile"]["path"] = str(profile_file.resolve())
         path.write_text(yaml.safe_dump(config))
         yield Setup(path, args, Profile.load(profile_file))
 
 
-def measured_profile(folder: Path) -> Path:
-    """This machine's step times, by `tetriserve profile`, as a file in `folder`."""
-    out = folder / "profile.yaml"
-    tetriserve = str(Path(sys.executable).parent / "tetriserve")
-    subprocess.run([tetriserve, "profile", "--config", str(CONFIG), "--out", str(out)], check=True)
+def measured_profile(config: Path) -> Path:
+    """This machine's step times for a config, by `tetriserve profile`, as a file beside it."""
+    out = config.with_name("profile.yaml")
+    subprocess.run([*TETRISERVE, "profile", "--config", str(config), "--out", str(out)], check=True)
     return out

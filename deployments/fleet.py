@@ -51,8 +51,6 @@ class Fleet:
         self._args = args
         self._group = group
         self._replicas: list[Any] = []
-        self._folder = _session_folder() / "tetriserve" / uuid.uuid4().hex
-        self._folder.mkdir(parents=True)
         self._rehearsals = itertools.count(FIRST_REHEARSAL)
         self._told: set[asyncio.Future[Any]] = set()
         self._log_form: LogForm | None = None
@@ -90,6 +88,8 @@ class Fleet:
     async def start(self) -> None:
         """Load the model everywhere and warm the groups of all sets. Raises `ConfigError`."""
         self._replicas = [None] * len(self)
+        self._folder = _session_folder() / "tetriserve" / uuid.uuid4().hex
+        self._folder.mkdir(parents=True)
         infos = await asyncio.gather(*(self._load(gpu, LOAD_TRIES) for gpu in range(len(self))))
         self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
         if len(self) > 1:
@@ -166,8 +166,9 @@ class Fleet:
 
     def _new(self, gpu: int) -> Any:
         cell = self._args.cell
+        as_actor: Any = ray.remote(concurrency_groups=CONTROL)  # type: ignore[call-overload]
         replica: Any = (
-            ray.remote(concurrency_groups=CONTROL)(GPUReplica)
+            as_actor(GPUReplica)
             .options(
                 num_cpus=cell.cpus_per_replica,
                 num_gpus=1 if cell.device == "cuda" else 0,
