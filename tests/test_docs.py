@@ -16,6 +16,7 @@ from live_server import Server, write_config
 from deployments.config import AppArgs
 from deployments.logs import FIELDS
 from deployments.meters import Meters
+from tetriserve.engine.environment import ENVIRONMENT
 from tetriserve.request import CellStatus
 
 ROOT = Path(__file__).parents[1]
@@ -99,3 +100,14 @@ def test_links_lead_somewhere() -> None:
         for link in re.findall(r"\]\(([^)#]+)", document.read_text()):
             if not link.startswith("http"):
                 assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_environment_of_gpu_replicas_is_explained() -> None:
+    """Every variable that is set, and its value."""
+    table = (ROOT / "docs/operating.md").read_text()
+    explained = {
+        name: value
+        for names, value in re.findall(r"^\| (`[A-Z_`, ]+`) \| (\S+) \|", table, re.M)
+        for name in re.findall(r"[A-Z_]+", names)
+    }
+    assert explained == ENVIRONMENT

@@ -19,12 +19,14 @@ from ray import cloudpickle
 from ray.util.placement_group import PlacementGroup
 
 from deployments import fleet
-from deployments.config import AppArgs
+from deployments.config import AppArgs, ProfileArgs
 from deployments.local import start_ray
 from deployments.replica import GPUReplica
 from deployments.scheduler import Scheduler
 from tetriserve.errors import GenerationFailed, OutOfMemory
-from tetriserve.request import GenerateRequest, GenerateResult
+from tetriserve.request import GenerateRequest, GenerateResult, Shape
+
+TOO_LARGE_FOR_TWO = Shape(512, 512)
 
 PROFILE = """
 model: tiny-flux
@@ -39,7 +41,7 @@ step_seconds:
 class FailingReplica(GPUReplica):
     """Asks for an exbibyte in the steps of some prompts: at degree 1, at any degree on GPU 1, in decode.
 
-    For two others its device breaks: always, and once.
+    For two others its device breaks: always, and once; for another a library says what sounds like it.
     """
 
     def _load(self) -> None:
@@ -52,7 +54,7 @@ class FailingReplica(GPUReplica):
 
         marker = Path(self._args.model.path) / "was-unlucky"
 
-        def greedy_step(state: Any) -> None:
+        def greedy_step(state: Any) -> torch.Tensor:
             group = adapter.sequence_parallel._group
             degree = 1 if group is None else group.degree
             prompt = state.request.prompt
@@ -65,7 +67,11 @@ class FailingReplica(GPUReplica):
                     marker.touch()
                 self._engine.abandon = broken
                 raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-            step(state)
+            if prompt == "not supported":
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(...)`")
+            if state.request.shape == TOO_LARGE_FOR_TWO and degree == 2 and self._gpu == 1:
+                torch.empty(1 << 60)
+            return step(state)
 
         def greedy_decode(request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
             if request.prompt == "too large to decode":
@@ -158,6 +164,47 @@ def test_out_of_memory_ends_or_widens_its_request_only(args: AppArgs, group: Pla
             after = await made(asked)
             difference = (await beside.image).astype(int) - (await after.image).astype(int)
             assert np.abs(difference).max() <= 1
+
+    asyncio.run(run())
+
+
+def test_an_error_of_a_library_ends_its_request_and_not_the_replica(
+    args: AppArgs, group: PlacementGroup
+) -> None:
+    async def run() -> None:
+        scheduler = Scheduler(args, group)
+        await scheduler.start()
+        for seed in range(3):
+            with pytest.raises(
+                GenerationFailed, match="RuntimeError: CUDA error: CUBLAS_STATUS_NOT_SUPPORTED"
+            ):
+                await scheduler.generate(request("not supported", seed), "call")
+        assert isinstance(await scheduler.generate(request("small", 0), "call"), GenerateResult)
+        assert scheduler._recovery.lost == set()
+        assert all(len(losses) == 0 for losses in scheduler._recovery._losses.values())
+
+    asyncio.run(run())
+
+
+def test_a_shape_and_degree_without_memory_is_left_out_of_the_profile(
+    args: AppArgs, group: PlacementGroup
+) -> None:
+    """Only GPU 1 is short: GPU 0, which waits for it in an exchange, goes on too."""
+    shapes = ("256x256", str(TOO_LARGE_FOR_TWO))
+    measured = args.model_copy(update={"profile": ProfileArgs(shapes=shapes, repeats=1)})
+
+    async def run() -> None:
+        replicas, seen = fleet.Fleet(measured, group), list[tuple[Shape, int]]()
+        await replicas.start()
+        profile = await replicas.profile(lambda shape, degree, _: seen.append((shape, degree)))
+        small = Shape(256, 256)
+        assert seen == [(small, 1), (small, 2), (TOO_LARGE_FOR_TWO, 1)]
+        assert {s: set(times) for s, times in profile.step_seconds.items()} == {
+            small: {1, 2},
+            TOO_LARGE_FOR_TWO: {1},
+        }
+        assert [await replicas[gpu].still_held.remote() for gpu in range(2)] == [[], []]
+        await replicas.measure(small, 2)  # and together again
 
     asyncio.run(run())
 

@@ -25,6 +25,8 @@ from deployments.config import AppArgs
 from deployments.local import start_ray
 from deployments.replica import THREADS, GPUReplica
 from deployments.scheduler import Scheduler
+from tetriserve.engine.environment import ENVIRONMENT
+from tetriserve.errors import GenerationFailed
 from tetriserve.request import GenerateRequest, GenerateResult
 
 STEPS = 12
@@ -44,12 +46,17 @@ class SlowReplica(GPUReplica):
             group = adapter.sequence_parallel._group
             if state.request.prompt == "too large for two" and group is not None and group.degree == 2:
                 torch.empty(1 << 60)
+            if state.request.prompt == "not on GPU 1" and self._gpu == 1:
+                raise ValueError("GPU 1 does not like it")
             return step(state)
 
         adapter.step = slow_step
 
     def pid(self) -> int:
         return os.getpid()
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
 
     def occupy(self, until: Path) -> None:
         """The engine is in a long range; the call waits for its end."""
@@ -206,6 +213,18 @@ def test_three_gpus_a_torn_group_is_built_anew_while_the_third_is_dead(root: Pat
     asyncio.run(run())
 
 
+def test_the_member_that_failed_is_heard_not_the_ones_that_waited_for_it(root: Path) -> None:
+    async def run() -> None:
+        async with cell(root, 2, {1: 10 * STEP_S, 2: STEP_S}) as scheduler:
+            pids = [await scheduler._fleet[gpu].pid.remote() for gpu in range(2)]
+            with pytest.raises(GenerationFailed, match="ValueError: GPU 1 does not like it"):
+                await start(scheduler, "not on GPU 1", 0)
+            check([await start(scheduler, "another", 0)], set())
+            assert pids == [await scheduler._fleet[gpu].pid.remote() for gpu in range(2)]
+
+    asyncio.run(run())
+
+
 def test_a_replica_answers_however_many_calls_wait_for_its_engine(root: Path, tmp_path: Path) -> None:
     async def run() -> None:
         async with cell(root, 2, {1: STEP_S, 2: STEP_S}) as scheduler:
@@ -217,5 +236,6 @@ def test_a_replica_answers_however_many_calls_wait_for_its_engine(root: Path, tm
             await asyncio.wait_for(replica.leave.remote((0, 1), 7), 10)
             over.touch()
             await asyncio.wait_for(asyncio.gather(*standing), 60)
+            assert ENVIRONMENT.items() <= (await replica.environment.remote()).items()
 
     asyncio.run(run())
