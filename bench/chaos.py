@@ -55,7 +55,7 @@ from PIL import Image
 from server import MIX, RunningServer, Setup, local_setup, running_server
 from tqdm import tqdm
 
-from tetriserve.trace import TraceRequest
+from tetriserve.simulation.trace import TraceRequest
 
 ROLES = {
     "replica": "ray::GPUReplica",

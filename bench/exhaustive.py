@@ -12,8 +12,8 @@ from policies import PLAN_LIMIT_S
 
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
-from tetriserve.simulate import Simulation, named_policy, simulate
-from tetriserve.trace import TraceRequest
+from tetriserve.simulation.simulate import Simulation, named_policy, simulate
+from tetriserve.simulation.trace import TraceRequest
 
 BLOCKS = 4
 """Step ranges of a request: as many as let two requests on 8 GPUs finish."""

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from solver import listing
 from solver.bound import Known, clairvoyant_bound
 from solver.problem import Job, Packing, Policy, Snapshot
-from tetriserve.metrics import write_json
 from tetriserve.profile import Profile
-from tetriserve.simulate import named_policy, simulate
-from tetriserve.trace import TraceRequest
+from tetriserve.simulation.result import write_json
+from tetriserve.simulation.simulate import named_policy, simulate
+from tetriserve.simulation.trace import TraceRequest
 
 ROWS = ("ilp", "ilp, the bound's choice", "the same, arrivals known", "bound")
 

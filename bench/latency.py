@@ -19,7 +19,7 @@ from policy_report import markdown_table
 from suite import SUITE, VARIANTS, Cell, Variant
 from tqdm import tqdm
 
-from tetriserve.metrics import write_json
+from tetriserve.simulation.result import write_json
 
 ROWS = (
     "ilp, all its own",

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from deployments.config import AppArgs, SchedulerArgs
 from tetriserve.client import live_profile
-from tetriserve.metrics import result_of
 from tetriserve.profile import Profile
-from tetriserve.replay import replay
-from tetriserve.simulate import named_policy, simulate
-from tetriserve.trace import TraceRequest
+from tetriserve.simulation.replay import replay
+from tetriserve.simulation.result import result_of
+from tetriserve.simulation.simulate import named_policy, simulate
+from tetriserve.simulation.trace import TraceRequest
 
 POLICIES = ("ilp", "dp", "edf", "rssp", "sp1", "sp2")
 

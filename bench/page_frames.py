@@ -22,8 +22,8 @@ import numpy as np
 from playwright.sync_api import Route, sync_playwright
 from policy_report import markdown_table
 
-from tetriserve.history import History, Plan, Run
 from tetriserve.request import Execution, Shape
+from tetriserve.scheduler.history import History, Plan, Run
 
 PAGE = Path(__file__).parents[1] / "deployments" / "page"
 URL = "http://page.test/"

@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 from solver.knapsack import KnapsackPolicy
 from solver.problem import Policy
-from tetriserve.metrics import result_of, write_json
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
-from tetriserve.simulate import Disturbance, named_policy, simulate
-from tetriserve.trace import TraceRequest
+from tetriserve.simulation.result import result_of, write_json
+from tetriserve.simulation.simulate import Disturbance, named_policy, simulate
+from tetriserve.simulation.trace import TraceRequest
 
 HERE = Path(__file__).parent
 H100 = "flux_h100_derived"

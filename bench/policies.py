@@ -23,9 +23,9 @@ from suite import COLUMNS, SUITE, VARIANTS, Cell, Variant
 from tqdm import tqdm
 
 from solver.bound import Known, clairvoyant_bound
-from tetriserve.metrics import result_of, write_json
 from tetriserve.profile import Profile
-from tetriserve.simulate import Disturbance, Simulation, named_policy, simulate
+from tetriserve.simulation.result import result_of, write_json
+from tetriserve.simulation.simulate import Disturbance, Simulation, named_policy, simulate
 
 HERE = Path(__file__).parent
 PLAN_LIMIT_S = 1.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tetriserve.metrics import write_json
+from tetriserve.simulation.result import write_json
 
 if TYPE_CHECKING:
     from suite import Cell, Variant

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from tetriserve.profile import Profile
-from tetriserve.trace import TraceRequest
-from tetriserve.workload import SloRule, Workload, parse_shapes
+from tetriserve.simulation.trace import TraceRequest
+from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
 TETRISERVE = [sys.executable, "-m", "tetriserve.cli"]
 """The command line; where the package is not installed there is no script for it."""

@@ -28,9 +28,9 @@ from policy_report import markdown_table
 from server import MIX, RunningServer, local_setup, running_server
 from tqdm import tqdm
 
-from tetriserve.metrics import result_of, write_json
-from tetriserve.replay import replay
-from tetriserve.trace import TraceRequest
+from tetriserve.simulation.replay import replay
+from tetriserve.simulation.result import result_of, write_json
+from tetriserve.simulation.trace import TraceRequest
 
 NOTHING = 0.05
 """Growth in an hour, as a share of the mean, that is not worth a word."""

@@ -20,10 +20,10 @@ import matplotlib
 import ray
 from tqdm import tqdm
 
-from deployments.fleet import Fleet
+from deployments.cell.fleet import Fleet
 from deployments.local import load_config, start_ray
 from tetriserve.request import GenerateRequest, Shape
-from tetriserve.scheduler import Assignment
+from tetriserve.scheduler.rounds import Assignment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tetriserve.profile import Profile
-from tetriserve.trace import TraceRequest
-from tetriserve.workload import SloRule, Workload, parse_shapes
+from tetriserve.simulation.trace import TraceRequest
+from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
 PAPER_SHAPES = "256x256,512x512,1024x1024,2048x2048"
 PAPER_SLO = "256x256=1.5,512x512=2,1024x1024=3,2048x2048=5"

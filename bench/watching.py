@@ -24,7 +24,7 @@ from policy_report import markdown_table
 from server import CONFIG, running_server
 from tqdm import tqdm
 
-from tetriserve.metrics import write_json
+from tetriserve.simulation.result import write_json
 
 PROMPT = "a small red circle above a large blue square"
 BOARD_EVERY_S = 1.0

@@ -7,10 +7,10 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from deployments.cell import Cell
+from deployments.cell.cell import Cell
 from deployments.config import AppArgs
-from deployments.ingress import Ingress
-from deployments.pictures import Pictures
+from deployments.http.ingress import Ingress
+from deployments.http.pictures import Pictures
 
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0

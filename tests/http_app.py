@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 import uvicorn
 
+from deployments.cell.meters import Families
 from deployments.config import AppArgs
-from deployments.http import build_http
-from deployments.ingress import Ingress
-from deployments.meters import Families
-from deployments.pictures import Pictures
-from tetriserve.history import History
+from deployments.http.ingress import Ingress
+from deployments.http.pictures import Pictures
 from tetriserve.profile import Profile
 from tetriserve.request import (
     CellStatus,
@@ -35,6 +33,7 @@ from tetriserve.request import (
     Shape,
     StepRange,
 )
+from tetriserve.scheduler.history import History
 
 INFO = ModelInfo(
     name="lab/tiny",
@@ -232,7 +231,7 @@ def ask(
     cell: Cell, method: str, path: str, limits: dict[str, Any] | None = None, **options: Any
 ) -> httpx.Response:
     async def run() -> httpx.Response:
-        app = build_http(ingress(cell, **(limits or {})))
+        app = ingress(cell, **(limits or {})).__serve_build_asgi_app__()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, **options)
@@ -248,7 +247,7 @@ def hang_up(cell: Cell, body: dict[str, Any], calls: int) -> None:
     """Post, and leave when so many calls are with the cell: Ray Serve cancels the ingress task when a client goes."""
 
     async def run() -> None:
-        transport = httpx.ASGITransport(build_http(ingress(cell)))
+        transport = httpx.ASGITransport(ingress(cell).__serve_build_asgi_app__())
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             call = asyncio.create_task(client.post(URL, json=body))
             while len(cell.requests) < calls:
@@ -264,7 +263,7 @@ def hang_up(cell: Cell, body: dict[str, Any], calls: int) -> None:
 def listening(front: Ingress) -> Iterator[str]:
     """The app on a real socket while the block runs; its base URL."""
     sock = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(build_http(front), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(front.__serve_build_asgi_app__(), log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from schedule_checker import Chain, violations
 
 from solver.problem import Entry, Phase, Policy
-from tetriserve.scheduler import Assignment, RoundScheduler
+from tetriserve.scheduler.rounds import Assignment, RoundScheduler
 
 
 @dataclass(frozen=True)

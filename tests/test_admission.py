@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetriserve.admission import Admission
+from tetriserve.scheduler.admission import Admission
 
 
 class Queue:

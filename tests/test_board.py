@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from http_app import NOW_S, Cell, ask, check_error
 
+from deployments.cell.scheduler import Scheduler
 from deployments.config import AppArgs
-from deployments.keys import check_key
-from deployments.scheduler import Scheduler
+from deployments.http.keys import check_key
 from solver.problem import Entry as Packed
 from solver.problem import Job, Packing, Snapshot
-from tetriserve.history import KEPT_S, MAX_RUNS, History, Plan, Run
-from tetriserve.live_profile import LiveProfile
 from tetriserve.profile import Profile
 from tetriserve.request import Execution, GenerateRequest, ModelInfo, Shape
-from tetriserve.scheduler import RoundScheduler
-from tetriserve.timeline import timeline
+from tetriserve.scheduler.history import KEPT_S, MAX_RUNS, History, Plan, Run
+from tetriserve.scheduler.live_profile import LiveProfile
+from tetriserve.scheduler.rounds import RoundScheduler
+from tetriserve.simulation.timeline import timeline
 
 SMALL = Shape(256, 256)
 INFO = ModelInfo("m", "flux", 16, 16, 64, 4, "true_cfg_scale", 4096, 1 << 20, 2048, 8, 200, 3.5, 100)

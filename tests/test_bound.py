@@ -12,8 +12,8 @@ import pytest
 from solver.bound import Known, clairvoyant_bound, hull, independent_groups, windows
 from solver.problem import Phase
 from tetriserve.profile import Profile
-from tetriserve.trace import TraceRequest, write_trace
-from tetriserve.workload import SloRule, Workload, parse_shapes
+from tetriserve.simulation.trace import TraceRequest, write_trace
+from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
 PROFILES = Path(__file__).parent.parent / "bench" / "profiles"
 ONE = {1: 1.0}

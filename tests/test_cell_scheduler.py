@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deployments.cell.planner import Planner
+from deployments.cell.scheduler import Scheduler
 from deployments.config import AppArgs
 from deployments.logs import logger
-from deployments.planner import Planner
-from deployments.scheduler import Scheduler
 from solver.problem import Job, Packing, Phase, Snapshot
 from tetriserve.engine.report import Report
 from tetriserve.errors import NotReady, Overloaded
-from tetriserve.live_profile import LiveProfile
 from tetriserve.profile import Profile
 from tetriserve.request import GenerateRequest, ModelInfo, Progress, Shape
-from tetriserve.scheduler import Assignment, RoundScheduler
+from tetriserve.scheduler.live_profile import LiveProfile
+from tetriserve.scheduler.rounds import Assignment, RoundScheduler
 
 ARGS = AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}})
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from live_server import Server, write_config
 
+from deployments.cell.meters import Meters
 from deployments.config import AppArgs
 from deployments.logs import FIELDS
-from deployments.meters import Meters
 from tetriserve.engine.environment import ENVIRONMENT
 from tetriserve.request import CellStatus
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from deployments.entry import Entry
+from deployments.cell.entries import Entry
 from tetriserve.request import GenerateRequest, PlannedWith
-from tetriserve.scheduler import Assignment
+from tetriserve.scheduler.rounds import Assignment
 
 
 def entry() -> Entry:

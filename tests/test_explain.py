@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.api import metrics_body
-from tetriserve.explain import Explained, explain, merged, of_metrics, table
+from deployments.http.bodies import metrics_body
 from tetriserve.request import Execution, LostRange, Metrics, PlannedWith
+from tetriserve.scheduler.explain import Explained, explain, merged, of_metrics, table
 
 PLANNED = PlannedWith(0.1, {1: 1.0, 2: 0.6, 4: 0.4}, 0.2)
 """Ten steps: 10 GPU-seconds at degree 1, 12 at 2, 16 at 4."""

@@ -18,11 +18,11 @@ from model_folders import tiny_flux
 from ray import cloudpickle
 from ray.util.placement_group import PlacementGroup
 
-from deployments import fleet
+from deployments.cell.cell import fleet
+from deployments.cell.replica import GPUReplica
+from deployments.cell.scheduler import Scheduler
 from deployments.config import AppArgs, ProfileArgs
 from deployments.local import start_ray
-from deployments.replica import GPUReplica
-from deployments.scheduler import Scheduler
 from tetriserve.errors import GenerationFailed, OutOfMemory
 from tetriserve.request import GenerateRequest, GenerateResult, Shape
 
@@ -239,7 +239,7 @@ def test_small_pictures_do_not_stay_in_the_memory_of_the_scheduler(
     args: AppArgs, group: PlacementGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are sent inside of messages, and the last to let go of them is the ingress."""
-    monkeypatch.setattr("deployments.scheduler.HAND_OVER_S", 1.0)
+    monkeypatch.setattr("deployments.cell.scheduler.HAND_OVER_S", 1.0)
 
     @ray.remote(num_cpus=0)
     class Reader:

@@ -27,9 +27,9 @@ from PIL import Image
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.api import ImageRequest
-from deployments.ingress import MAX_RESUBMISSIONS
+from deployments.http.bodies import ImageRequest
 from deployments.logs import logger
+from deployments.router import MAX_RESUBMISSIONS
 from tetriserve import errors
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 
@@ -342,7 +342,7 @@ def test_errors_of_ray(error: BaseException, status: int, code: str) -> None:
 
 def test_an_accepted_request_outlives_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cell dies, the next one is still starting, then its scheduler fails: the fourth answers."""
-    monkeypatch.setattr("deployments.ingress.RESUBMIT_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.router.RESUBMIT_PAUSE_S", 0.01)
     cell = Cell()
     cell.losses = [
         ActorDiedError(),
@@ -367,7 +367,7 @@ def test_an_accepted_request_outlives_its_cells(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_request_that_takes_every_cell_with_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.ingress.RESUBMIT_PAUSE_S", 0.001)
+    monkeypatch.setattr("deployments.router.RESUBMIT_PAUSE_S", 0.001)
     cell = Cell(error=ActorDiedError())
     check_error(post(cell, **PICTURE), 500, "generation_failed")
     assert len(cell.requests) == 1 + MAX_RESUBMISSIONS
@@ -602,7 +602,7 @@ def test_no_bytes_are_a_server_error(body: bytes) -> None:
 
 def test_ingress_process_stays_light() -> None:
     """The front must not pay for torch: memory, and seconds at every start of a replica."""
-    script = "import deployments.http, sys; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    script = "import deployments.http.routes, sys; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

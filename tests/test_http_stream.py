@@ -18,7 +18,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from ray.exceptions import ActorDiedError
 
-from deployments import events
+from deployments.http.routes import events
 from tetriserve import errors
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 
@@ -166,7 +166,7 @@ def test_the_first_failure_of_n_ends_the_stream_and_the_others() -> None:
 
 
 def test_a_lost_cell_shows_no_preview_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.ingress.RESUBMIT_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.router.RESUBMIT_PAUSE_S", 0.01)
     cell = watched()
     cell.losses = [ActorDiedError()]
     done = said(post(cell, **STREAM, partial_images=2, progress=True))

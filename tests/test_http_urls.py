@@ -15,7 +15,7 @@ from PIL import Image
 from ray.exceptions import ActorDiedError
 
 from deployments.config import AppArgs
-from deployments.pictures import Picture, Pictures
+from deployments.http.pictures import Picture, Pictures
 
 
 def urls_of(base: str, **fields: Any) -> list[str]:
@@ -95,7 +95,7 @@ def test_the_oldest_go_first() -> None:
 
 
 def test_pictures_that_never_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.http.encode_image", lambda *_: b"x" * 600_000)
+    monkeypatch.setattr("deployments.http.routes.encode_image", lambda *_: b"x" * 600_000)
     with listening(ingress(Cell(), url_max_bytes=1 << 20)) as base:
         answer = httpx.post(base + URL, json={**PICTURE, "response_format": "url", "n": 2})
         message = check_error(answer, 400, "invalid_value", "response_format")
@@ -104,7 +104,7 @@ def test_pictures_that_never_fit_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_store_that_is_gone_or_silent_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.http.STORE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("deployments.http.routes.STORE_TIMEOUT_S", 0.2)
 
     async def die(*_: Any) -> None:
         raise ActorDiedError()

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tetriserve.cli import main
-from tetriserve.live_profile import FEWEST, MAX_PAIRS, WINDOW, LiveProfile
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
+from tetriserve.scheduler.live_profile import FEWEST, MAX_PAIRS, WINDOW, LiveProfile
 
 near = functools.partial(pytest.approx, rel=0.0101)  # to the next point of the grid
 

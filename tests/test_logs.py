@@ -13,7 +13,7 @@ import pytest
 from ray.serve._private.logging_utils import configure_component_logger
 from ray.serve.schema import LoggingConfig
 
-from deployments.cell import Cell
+from deployments.cell.cell import Cell
 from deployments.logs import FIELDS, LogForm, log_request, logger, write_as
 
 

@@ -20,11 +20,11 @@ import yaml
 from model_folders import tiny_flux
 from ray import cloudpickle
 
-from deployments import fleet
+from deployments.cell.cell import fleet
+from deployments.cell.replica import THREADS, GPUReplica
+from deployments.cell.scheduler import Scheduler
 from deployments.config import AppArgs
 from deployments.local import start_ray
-from deployments.replica import THREADS, GPUReplica
-from deployments.scheduler import Scheduler
 from tetriserve.engine.environment import ENVIRONMENT
 from tetriserve.errors import GenerationFailed
 from tetriserve.request import GenerateRequest, GenerateResult

@@ -13,7 +13,7 @@ import pytest
 from http_app import INFO, PICTURE, READY, URL, Cell, ask
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.meters import Families, Meters
+from deployments.cell.meters import Families, Meters
 from tetriserve.engine.report import Report
 from tetriserve.request import CellStatus, Metrics, PlannedWith, Shape
 

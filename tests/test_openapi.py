@@ -17,8 +17,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from schemathesis.config import SchemathesisConfig
 
-from deployments.http import build_http
-
 CASES = int(os.environ.get("TETRISERVE_FUZZ_CASES", "60"))
 KEY = "fuzzing-key-0123456789"
 TIMEOUT_S = 10.0
@@ -39,7 +37,9 @@ CONFIG = SchemathesisConfig.from_dict(
 os.environ["TETRISERVE_FUZZ_KEYS"] = KEY
 KEYED = {"api_keys_env": "TETRISERVE_FUZZ_KEYS"}
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-API = schemathesis.openapi.from_dict(build_http(ingress(Cell(), **KEYED)).openapi(), config=CONFIG)
+API = schemathesis.openapi.from_dict(
+    ingress(Cell(), **KEYED).__serve_build_asgi_app__().openapi(), config=CONFIG
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_what_was_asked_can_be_forgotten_and_what_is_listed_is_there(base: str) 
 
 
 def test_every_route_is_in_the_document_with_its_errors() -> None:
-    paths = build_http(ingress(Cell())).openapi()["paths"]
+    paths = ingress(Cell()).__serve_build_asgi_app__().openapi()["paths"]
     assert set(paths) == {
         "/v1/images/generations",
         "/v1/images/{picture_id}/content",

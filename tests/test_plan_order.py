@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from deployments.replica import PlanOrder
+from deployments.cell.replica import PlanOrder
 
 
 def fail() -> None:
@@ -52,7 +52,7 @@ def test_an_engine_thread_that_dies_ends_its_process_and_says_why() -> None:
     """Cancelled from outside, a call's result has nowhere to go: the thread does not survive that."""
     program = """
 import time
-from deployments.replica import PlanOrder
+from deployments.cell.replica import PlanOrder
 order = PlanOrder(niceness=0)
 order.post(lambda: time.sleep(0.5))
 order.post(print).cancel()

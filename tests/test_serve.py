@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from schedule_checker import Chain, violations
 
 from solver.problem import Entry, Phase
-from tetriserve.explain import of_metrics
+from tetriserve.scheduler.explain import of_metrics
 
 
 @pytest.fixture(scope="module")

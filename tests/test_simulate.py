@@ -16,13 +16,13 @@ from solver.bound import Known, clairvoyant_bound
 from solver.policies import POLICIES, make_policy
 from solver.problem import Entry, Packing, Phase, Snapshot
 from tetriserve.errors import ConfigError, TetriserveError
-from tetriserve.metrics import result_of
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
-from tetriserve.simulate import Disturbance, Simulation, named_policy, simulate
-from tetriserve.timeline import timeline
-from tetriserve.trace import TraceRequest, write_trace
-from tetriserve.workload import SloRule, Workload, parse_shapes
+from tetriserve.simulation.result import result_of
+from tetriserve.simulation.simulate import Disturbance, Simulation, named_policy, simulate
+from tetriserve.simulation.timeline import timeline
+from tetriserve.simulation.trace import TraceRequest, write_trace
+from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
 PROFILES = Path(__file__).parent.parent / "bench" / "profiles"
 H100 = PROFILES / "flux_h100_derived.yaml"
@@ -318,7 +318,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
 
 
 def test_plot_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tetriserve.plot import draw_board
+    from tetriserve.simulation.plot import draw_board
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="needs matplotlib"):

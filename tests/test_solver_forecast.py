@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from solver.forecast import Newcomers, planned_budget_s, with_room_for_newcomers
 from solver.ilp import IlpPolicy
 from solver.problem import Job, Load, Packing, Phase, Snapshot
-from tetriserve.load import WINDOW_S, RecentLoad
 from tetriserve.profile import Profile
-from tetriserve.simulate import simulate
-from tetriserve.workload import SloRule, Workload, parse_shapes
+from tetriserve.scheduler.load import WINDOW_S, RecentLoad
+from tetriserve.simulation.simulate import simulate
+from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
 L20 = Path(__file__).parents[1] / "bench" / "profiles" / "flux_l20.yaml"
 LARGE = {1: 4.0, 2: 2.4, 4: 1.3}

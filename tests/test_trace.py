@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
-from tetriserve.trace import MAX_LINE_CHARS, TraceRequest, read_trace, write_trace
-from tetriserve.workload import SloRule, Workload, parse_shapes
+from tetriserve.simulation.trace import MAX_LINE_CHARS, TraceRequest, read_trace, write_trace
+from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
 PROFILES = Path(__file__).parent.parent / "bench" / "profiles"
 GOOD: dict[str, Any] = {
@@ -125,7 +125,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_too_many_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tetriserve.trace.MAX_REQUESTS", 2)
+    monkeypatch.setattr("tetriserve.simulation.trace.MAX_REQUESTS", 2)
     rows = [{**GOOD, "id": f"r{i}"} for i in range(3)]
     assert "more than 2 requests" in refused(tmp_path, text_of(*rows))
 

@@ -15,7 +15,7 @@ from tetriserve.errors import ConfigError, TetriserveError
 
 if TYPE_CHECKING:
     from tetriserve.profile import Profile
-    from tetriserve.trace import TraceRequest
+    from tetriserve.simulation.trace import TraceRequest
 
 DEFAULT_CONFIG = "cluster_configs/cpu_local.yaml"
 PAPER_SHAPES = "256x256,512x512,1024x1024,2048x2048"
@@ -57,8 +57,8 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def profile(options: argparse.Namespace) -> int:
+    from deployments.cell.profiling import run
     from deployments.local import check_machine, load_config
-    from deployments.profiling import run
 
     if options.from_live is not None:
         from tetriserve.client import live_profile
@@ -77,8 +77,8 @@ def profile(options: argparse.Namespace) -> int:
 
 def workload(options: argparse.Namespace) -> int:
     from tetriserve.profile import Profile
-    from tetriserve.trace import write_trace
-    from tetriserve.workload import SloRule, Workload, parse_shapes
+    from tetriserve.simulation.trace import write_trace
+    from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
     shapes = options.shapes or ("1024x1024" if options.mix == "homogeneous" else PAPER_SHAPES)
     requests = Workload(
@@ -101,12 +101,12 @@ def workload(options: argparse.Namespace) -> int:
 def simulate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from tetriserve.explain import of_result
-    from tetriserve.metrics import result_of, summary_table, write_json
-    from tetriserve.plot import draw_board
     from tetriserve.request import PlannedWith
-    from tetriserve.simulate import Disturbance, named_policy, simulate
-    from tetriserve.timeline import timeline
+    from tetriserve.scheduler.explain import of_result
+    from tetriserve.simulation.plot import draw_board
+    from tetriserve.simulation.result import result_of, summary_table, write_json
+    from tetriserve.simulation.simulate import Disturbance, named_policy, simulate
+    from tetriserve.simulation.timeline import timeline
 
     for out in (options.out, options.timeline, options.plot):
         if out is not None and not out.parent.is_dir():
@@ -142,9 +142,9 @@ def simulate(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from tetriserve.metrics import result_of, summary_table, write_json
-    from tetriserve.replay import replay
-    from tetriserve.trace import read_trace
+    from tetriserve.simulation.replay import replay
+    from tetriserve.simulation.result import result_of, summary_table, write_json
+    from tetriserve.simulation.trace import read_trace
 
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: no such folder: {options.out.parent}")
@@ -182,8 +182,8 @@ def bound(options: argparse.Namespace) -> int:
 def _profile_and_trace(options: argparse.Namespace) -> tuple[Profile, list[TraceRequest]]:
     """What --profile and --trace say, every request with a deadline; what was made up is said on stderr."""
     from tetriserve.profile import Profile
-    from tetriserve.trace import read_trace
-    from tetriserve.workload import SloRule
+    from tetriserve.simulation.trace import read_trace
+    from tetriserve.simulation.workload import SloRule
 
     profile = Profile.load(options.profile)
     rule = SloRule.parse(options.slo)

@@ -111,7 +111,7 @@ def describe(file: str, size: str, elapsed_s: float, metrics: dict[str, Any]) ->
 
 
 def _explained(url: str, metrics: dict[str, Any]) -> list[str]:
-    from tetriserve.explain import of_metrics  # brings numpy along
+    from tetriserve.scheduler.explain import of_metrics  # brings numpy along
 
     try:
         return of_metrics(metrics)

@@ -70,10 +70,10 @@ class Rank:
     def __init__(self, gpu: int, setting: Setting, folder: Path) -> None:
         import torch
 
+        from tetriserve.engine.adapter import ModelLimits
         from tetriserve.engine.attention import attention_kernel
         from tetriserve.engine.engine import Engine
         from tetriserve.engine.groups import GroupTable
-        from tetriserve.models.adapter import ModelLimits
         from tetriserve.models.load import load_model
 
         class Gloo(GroupTable):

@@ -16,10 +16,10 @@ from models import bytes_of, make_sd35, twin, write_flux
 from record import GIB, Place, Rows, host_peak_gib
 from transformers import CLIPTextModel, T5EncoderModel
 
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, picture
 from tetriserve.engine.attention import attention_kernel
 from tetriserve.engine.engine import Engine
 from tetriserve.engine.groups import GroupTable, SPGroup
-from tetriserve.models.adapter import ModelAdapter, ModelLimits, picture
 from tetriserve.models.load import load_model
 from tetriserve.request import GenerateRequest
 

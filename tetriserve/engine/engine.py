@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from tetriserve.engine.adapter import ModelAdapter, RequestState
 from tetriserve.engine.groups import GroupTable
 from tetriserve.engine.latents import (
     Conditioning,
@@ -20,7 +21,6 @@ from tetriserve.engine.latents import (
 )
 from tetriserve.engine.preview import fit_colors, marks_passed, picture
 from tetriserve.engine.report import Report
-from tetriserve.models.adapter import ModelAdapter, RequestState
 from tetriserve.request import GenerateRequest, Shape
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tetriserve.models.adapter import ModelAdapter, RequestState
+from tetriserve.engine.adapter import ModelAdapter, RequestState
 from tetriserve.request import GenerateRequest
 
 

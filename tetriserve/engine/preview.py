@@ -15,7 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from tetriserve.request import GenerateRequest
 
 if TYPE_CHECKING:
-    from tetriserve.models.adapter import ModelAdapter
+    from tetriserve.engine.adapter import ModelAdapter
 
 SIDE = 16
 """Latents along one side of what is decoded for the fit."""

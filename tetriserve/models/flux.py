@@ -11,9 +11,9 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.engine.sequence import SequenceParallel
 from tetriserve.errors import ConfigError
-from tetriserve.models.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.request import GenerateRequest, ModelInfo
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits
 from tetriserve.engine.attention import Kernel
 from tetriserve.errors import ConfigError
-from tetriserve.models.adapter import ModelAdapter, ModelLimits
 from tetriserve.models.embedded import EMBEDDED, embedded_folder
 from tetriserve.models.flux import FluxAdapter
 from tetriserve.models.sd3 import SD3Adapter

@@ -9,8 +9,8 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.engine.sequence import SequenceParallel, ShardPlan
-from tetriserve.models.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.request import GenerateRequest, ModelInfo
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tetriserve.errors import ConfigError
-from tetriserve.history import runs_of
+from tetriserve.scheduler.history import runs_of
 
 Color = tuple[float, float, float]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tetriserve.history import BUSY
+from tetriserve.scheduler.history import BUSY
 
 PLANNER = 1_000_000
 """Number of the planner's track, behind those of the GPUs."""

@@ -1,7 +1,4 @@
-"""The front of the application: the Python handle's `generate` and `stream`, and what HTTP is built on (`http.py`).
-
-It holds no model and no GPU; everything but parsing and image encoding is the cell's.
-"""
+"""Which cell gets a request, and another one when that is lost: the Python handle's `generate` and `stream`."""
 
 from __future__ import annotations
 
@@ -18,14 +15,11 @@ from logging import DEBUG, INFO, WARNING
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api import as_tetriserve_error
 from deployments.config import AppArgs
-from deployments.keys import load_keys
 from deployments.logs import log_request, logger
 from tetriserve.errors import (
     CellLost,
@@ -52,28 +46,19 @@ MAX_RESUBMISSIONS = 5
 """A request that took so many cells with it is not given another."""
 
 
-class Ingress:
+class Router:
     """Lets requests in, gives them to a cell, and to another one when that is lost.
 
     Args:
         cell: handle of the Cell deployment.
-        pictures: handle of the Pictures deployment.
         args: the application's arguments.
     """
 
-    def __init__(self, cell: DeploymentHandle, pictures: DeploymentHandle, args: AppArgs) -> None:
-        self._cell = cell
-        self.pictures = pictures
+    def __init__(self, cell: DeploymentHandle, args: AppArgs) -> None:
         self.args = args
-        self.keys = load_keys(args.http)
+        self._cell = cell
         self._info: ModelInfo | None = None
         self._checked_s = float("-inf")
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Ray Serve asks for the app once this object exists."""
-        from deployments.http import build_http  # which is built on this module
-
-        return build_http(self)
 
     # -- the Python handle ---------------------------------------------------------------------------------
 
@@ -290,3 +275,15 @@ def _unanswered(error: Exception) -> TetriserveError:
 
 def why_not_ready(statuses: list[CellStatus]) -> str:
     return "; ".join(status.reason for status in statuses if status.reason) or "no cell is running"
+
+
+def as_tetriserve_error(error: BaseException) -> TetriserveError:
+    """The error of ours behind whatever came out of a call to the cell.
+
+    Ray wraps what a remote method raises and keeps the original as `cause`.
+    """
+    for candidate in (getattr(error, "cause", None), error):
+        if isinstance(candidate, TetriserveError):
+            return candidate
+    first_line = str(error).strip().split("\n", 1)[0]
+    return GenerationFailed(f"{type(error).__name__}: {first_line}")

@@ -8,8 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from deployments.cell.fleet import Fleet
 from deployments.config import AppArgs
-from deployments.fleet import Fleet
 from deployments.logs import logger
 from tetriserve.cache import cache_folder
 from tetriserve.errors import ConfigError

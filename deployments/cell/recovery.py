@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol
 
+from deployments.cell.fleet import Fleet
 from deployments.config import CellArgs
-from deployments.fleet import Fleet
 from deployments.logs import logger
-from tetriserve.scheduler import RoundScheduler
+from tetriserve.scheduler.rounds import RoundScheduler
 
 LOSS_WINDOW_S = 600.0
 """A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""

@@ -18,14 +18,14 @@ from typing import Any
 
 import ray
 
+from deployments.cell.entries import name_of
 from deployments.config import AppArgs
-from deployments.entry import name_of
 from deployments.logs import LogForm, log_request, logger, write_as
 from tetriserve.engine.environment import set_environment
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, OutOfMemory
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
-from tetriserve.scheduler import Assignment
+from tetriserve.scheduler.rounds import Assignment
 
 CPU_NICENESS = 10
 """On CPU the replicas yield to the scheduler and the ingress, which share their cores."""
@@ -155,10 +155,10 @@ class GPUReplica:
     def _load(self) -> None:
         import torch
 
+        from tetriserve.engine.adapter import ModelLimits
         from tetriserve.engine.attention import attention_kernel
         from tetriserve.engine.engine import Engine
         from tetriserve.engine.groups import GroupTable
-        from tetriserve.models.adapter import ModelLimits
         from tetriserve.models.embedded import DESCRIPTION, EMBEDDED
         from tetriserve.models.load import load_model
 

@@ -25,7 +25,6 @@ from pydantic_core import from_json
 from tetriserve.errors import (
     Cancelled,
     DeadlineInfeasible,
-    GenerationFailed,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -358,15 +357,3 @@ def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[st
         # OpenAI's client repeats a 503 by itself; a deadline that is lost stays lost
         return 503, body, {"x-should-retry": "false"}
     return 500, body, {}
-
-
-def as_tetriserve_error(error: BaseException) -> TetriserveError:
-    """The error of ours behind whatever came out of a call to the cell.
-
-    Ray wraps what a remote method raises and keeps the original as `cause`.
-    """
-    for candidate in (getattr(error, "cause", None), error):
-        if isinstance(candidate, TetriserveError):
-            return candidate
-    first_line = str(error).strip().split("\n", 1)[0]
-    return GenerationFailed(f"{type(error).__name__}: {first_line}")

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from tetriserve.client import CONNECT_TIMEOUT_S, ServerError, key_headers
-from tetriserve.metrics import Executed, Outcome
-from tetriserve.trace import TraceRequest
+from tetriserve.simulation.result import Executed, Outcome
+from tetriserve.simulation.trace import TraceRequest
 
 DEFAULT_PROMPT = "a small red circle above a large blue square"
 

@@ -14,10 +14,10 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
+from deployments.cell.meters import Families
+from deployments.cell.scheduler import create_scheduler
 from deployments.config import AppArgs
 from deployments.logs import LogForm, log_request, logger
-from deployments.meters import Families
-from deployments.scheduler import create_scheduler
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
 

@@ -19,18 +19,17 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from deployments.cell.entries import Entry, Kept, executed, unix_ahead_s
+from deployments.cell.fleet import Fleet, cause_of, first_cause, is_elsewhere
+from deployments.cell.meters import Families, Meters
+from deployments.cell.planner import Planner
+from deployments.cell.profiling import fitting_profile
+from deployments.cell.ranges import SentRange, send, settled
+from deployments.cell.recovery import Recovery
 from deployments.config import AppArgs
-from deployments.entry import Entry, Kept, executed, unix_ahead_s
-from deployments.fleet import Fleet, cause_of, first_cause, is_elsewhere
 from deployments.logs import LogForm, log_request, logger, write_as
-from deployments.meters import Families, Meters
-from deployments.planner import Planner
-from deployments.profiling import fitting_profile
-from deployments.ranges import SentRange, send, settled
-from deployments.recovery import Recovery
 from solver.policies import make_policy
 from solver.problem import Phase
-from tetriserve.admission import Admission
 from tetriserve.engine.report import Report, seconds_per_step
 from tetriserve.errors import (
     Cancelled,
@@ -43,8 +42,6 @@ from tetriserve.errors import (
     Overloaded,
     TetriserveError,
 )
-from tetriserve.history import History, Plan, Run
-from tetriserve.live_profile import LiveProfile
 from tetriserve.profile import Profile
 from tetriserve.request import (
     CellStatus,
@@ -55,7 +52,10 @@ from tetriserve.request import (
     PlannedWith,
     Progress,
 )
-from tetriserve.scheduler import Assignment, RoundScheduler
+from tetriserve.scheduler.admission import Admission
+from tetriserve.scheduler.history import History, Plan, Run
+from tetriserve.scheduler.live_profile import LiveProfile
+from tetriserve.scheduler.rounds import Assignment, RoundScheduler
 
 MIN_DEADLY = 3
 """A request in so many of whose ranges a replica died or an exchange broke, and in no fewer than `cell.max_losses`,

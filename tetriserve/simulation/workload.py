@@ -12,7 +12,7 @@ import numpy as np
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
-from tetriserve.trace import TraceRequest
+from tetriserve.simulation.trace import TraceRequest
 
 MIXES = ("uniform", "skewed", "bursty", "homogeneous")
 SKEW = 1.0

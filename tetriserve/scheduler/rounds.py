@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot
-from tetriserve.load import RecentLoad
+from tetriserve.scheduler.load import RecentLoad
 
 EPSILON_S = 1e-9
 QUEUE_DEPTH = 2

@@ -14,9 +14,9 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from deployments.cell.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo
 from deployments.config import AppArgs
 from deployments.logs import LogForm, logger
-from deployments.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo
 from solver.placement import gpu_sets, group_sets
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, OutOfMemory

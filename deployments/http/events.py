@@ -16,8 +16,9 @@ from PIL import Image
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deployments.api import ImageRequest, as_tetriserve_error, describe_error, metrics_body
-from deployments.pictures import encode_image
+from deployments.http.bodies import ImageRequest, describe_error, metrics_body
+from deployments.http.pictures import encode_image
+from deployments.router import as_tetriserve_error
 from tetriserve.errors import GenerationFailed
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.entry import Entry
-from deployments.fleet import Fleet
-from deployments.replica import boxed
-from tetriserve.scheduler import Assignment
+from deployments.cell.entries import Entry
+from deployments.cell.fleet import Fleet
+from deployments.cell.replica import boxed
+from tetriserve.scheduler.rounds import Assignment
 
 RETURNS = {"encode": 3, "denoise": 2, "decode": 2}
 """By kind, how many references a leader gives: its report, then what it produced."""

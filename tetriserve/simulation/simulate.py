@@ -19,10 +19,10 @@ import numpy as np
 from solver.policies import make_policy
 from solver.problem import Phase, Policy
 from tetriserve.errors import ConfigError, TetriserveError
-from tetriserve.metrics import Executed, Outcome, percentile
 from tetriserve.profile import Profile
-from tetriserve.scheduler import EPSILON_S, Assignment, RoundScheduler
-from tetriserve.trace import TraceRequest
+from tetriserve.scheduler.rounds import EPSILON_S, Assignment, RoundScheduler
+from tetriserve.simulation.result import Executed, Outcome, percentile
+from tetriserve.simulation.trace import TraceRequest
 
 MAX_IDLE_DECISIONS = 1000
 """So many decisions in a row on an idle cell with open requests mean that the policy starves them."""

@@ -1,4 +1,4 @@
-"""HTTP in OpenAI's form over an ingress: which route leads where, and how requests, answers and errors look there."""
+"""HTTP in OpenAI's form over the router: which route leads where, and how requests, answers and errors look there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import hashlib
 import secrets
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,14 +19,15 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
+from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from deployments import answers
-from deployments.api import (
+from deployments.cell.meters import exposition
+from deployments.http import answers
+from deployments.http.bodies import (
     ImageRequest,
-    as_tetriserve_error,
     describe_error,
     error_body,
     generation_headers,
@@ -34,16 +36,15 @@ from deployments.api import (
     picture_ids,
     result_headers,
 )
-from deployments.events import EventResponse, events, newest
-from deployments.ingress import Ingress, translate, why_not_ready
-from deployments.keys import check_key
-from deployments.meters import exposition
-from deployments.pictures import Picture, encode_image
+from deployments.http.events import EventResponse, events, newest
+from deployments.http.keys import check_key
+from deployments.http.pictures import Picture, encode_image
+from deployments.router import Router, as_tetriserve_error, translate, why_not_ready
 from tetriserve import __version__
 from tetriserve.errors import GenerationFailed, InvalidRequest, NotFound, NotReady, TetriserveError
-from tetriserve.history import KEPT_S
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
-from tetriserve.timeline import timeline
+from tetriserve.scheduler.history import KEPT_S
+from tetriserve.simulation.timeline import timeline
 
 STORE_TIMEOUT_S = 10.0
 
@@ -71,13 +72,13 @@ HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"
 
 
 class Endpoints:
-    """Turns HTTP requests into calls of the ingress and what comes back into responses."""
+    """Turns HTTP requests into calls of the router and what comes back into responses."""
 
-    def __init__(self, ingress: Ingress) -> None:
-        self._ingress = ingress
-        self._args = ingress.args
-        self._pictures = ingress.pictures
-        self._keys = ingress.keys
+    def __init__(self, router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]) -> None:
+        self._router = router
+        self._args = router.args
+        self._pictures = pictures
+        self._keys = keys
         self._started_s = int(time.time())
 
     @property
@@ -119,7 +120,7 @@ class Endpoints:
     ) -> EventResponse:
         """Events, once there are any: what goes wrong before them is answered without a stream."""
         start_s = time.monotonic()
-        news = newest([self._ingress.stream(one) for one in requests])
+        news = newest([self._router.stream(one) for one in requests])
         first = await anext(news)
         finish_s: float | None = None
         if isinstance(first[1], Progress) and first[1].predicted_finish_s is not None:
@@ -183,35 +184,35 @@ class Endpoints:
         if response_id is None:
             raise InvalidRequest("Idempotency-Key", "required: it says which request to cancel")
         ids = {response_id, *picture_ids(response_id, self._args.http.max_n)}
-        if not await self._ingress.delete(*ids):
+        if not await self._router.delete(*ids):
             raise NotFound("Idempotency-Key", "no request under this key is running or kept")
         return JSONResponse({"id": response_id, "object": "image.generation.deleted", "deleted": True})
 
     async def get_models(self) -> JSONResponse:
         """`GET /v1/models`."""
-        info = await self._ingress.model_info()
+        info = await self._router.model_info()
         return JSONResponse({"object": "list", "data": [model_body(info, self._started_s)]})
 
     async def get_model(self, model_id: str) -> JSONResponse:
         """`GET /v1/models/{id}`."""
-        return JSONResponse(model_body(await self._ingress.model_named(model_id), self._started_s))
+        return JSONResponse(model_body(await self._router.model_named(model_id), self._started_s))
 
     async def get_model_info(self) -> JSONResponse:
         """`GET /v1/model_info`: name, task and limits of the model."""
-        return JSONResponse({"task": "image", **dataclasses.asdict(await self._ingress.model_info())})
+        return JSONResponse({"task": "image", **dataclasses.asdict(await self._router.model_info())})
 
     async def get_metrics(self) -> Response:
         """`GET /metrics`: every cell that answers, as Prometheus reads it."""
-        return Response(exposition(await self._ingress.numbered("metrics")), media_type=CONTENT_TYPE_LATEST)
+        return Response(exposition(await self._router.numbered("metrics")), media_type=CONTENT_TYPE_LATEST)
 
     async def get_board(self, http: Request, seconds: BoardSeconds = 30) -> JSONResponse:
         """`GET /v1/board`: GPU x time of every cell that answers, as the owner of the key may see it."""
-        cells = await self._ingress.numbered("board", seconds, http.state.client)
+        cells = await self._router.numbered("board", seconds, http.state.client)
         return JSONResponse({"seconds": seconds, "cells": [{"cell": cell, **board} for cell, board in cells]})
 
     async def get_timeline(self, http: Request, seconds: TimelineSeconds = 60) -> JSONResponse:
         """`GET /debug/timeline`: the same past as trace events, for ui.perfetto.dev."""
-        cells = await self._ingress.numbered("record", seconds, http.state.client)
+        cells = await self._router.numbered("record", seconds, http.state.client)
         # tens of thousands of events
         return JSONResponse(await asyncio.to_thread(timeline, dict(cells)))
 
@@ -223,12 +224,12 @@ class Endpoints:
 
     async def get_profile(self) -> JSONResponse:
         """`GET /v1/profile`: step times of a cell, corrected by what it measured, in the profile contract's form."""
-        return JSONResponse((await self._ingress.profile()).to_body())
+        return JSONResponse((await self._router.profile()).to_body())
 
     async def get_health(self) -> JSONResponse:
         """`GET /health`: 200 when a cell can run steps."""
         try:
-            statuses, reason = await self._ingress.statuses(), ""
+            statuses, reason = await self._router.statuses(), ""
         except TetriserveError as error:
             statuses, reason = [], error.message
         ready = any(status.ready for status in statuses)
@@ -242,7 +243,7 @@ class Endpoints:
 
     async def _generate_all(self, requests: list[GenerateRequest]) -> list[GenerateResult]:
         """All pictures of one HTTP request at once. The first failure cancels the others."""
-        tasks = [asyncio.create_task(self._ingress.generate(request)) for request in requests]
+        tasks = [asyncio.create_task(self._router.generate(request)) for request in requests]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             failed = [task for task in tasks if task.done() and (task.cancelled() or task.exception())]
@@ -255,9 +256,14 @@ class Endpoints:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def build_http(ingress: Ingress) -> FastAPI:
-    """The HTTP app over one ingress; every error leaves it in OpenAI's shape."""
-    endpoints = Endpoints(ingress)
+def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]) -> FastAPI:
+    """The HTTP app over a router; every error leaves it in OpenAI's shape.
+
+    Args:
+        pictures: handle of the Pictures deployment.
+        keys: the allowed API keys; none: everybody is let in.
+    """
+    endpoints = Endpoints(router, pictures, keys)
     app = FastAPI(
         title="tetriserve", version=__version__, generate_unique_id_function=lambda route: route.name
     )

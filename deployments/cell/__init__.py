@@ -1,0 +1,1 @@
+"""A cell: one scheduler actor and the GPU replicas that it drives."""
