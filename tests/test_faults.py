@@ -325,6 +325,32 @@ def test_pictures_behind_urls_outlive_the_front_that_gave_them(lab: Lab) -> None
     assert again["url"] != item["url"]
 
 
+def test_a_scheduler_that_stands_still_while_its_cell_starts(tmp_path: Path) -> None:
+    """Serve does not look at a cell that is starting; the cell does."""
+    config = write_config(tmp_path, PROFILE)
+    me = psutil.Process()
+    others = {process.pid for process in me.children(recursive=True)}
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(Server, config)
+        stopped: list[psutil.Process] = []
+
+        def found() -> bool:
+            for process in me.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.pid not in others and "ray::Scheduler" in " ".join(process.cmdline()):
+                        process.suspend()
+                        stopped.append(process)
+            return bool(stopped)
+
+        wait_until(found, seconds=60)
+        server = starting.result(timeout=TIMEOUT_S)
+    try:
+        assert not stopped[0].is_running() or stopped[0].status() == psutil.STATUS_ZOMBIE
+        Lab(server).wait_until_whole()
+    finally:
+        server.stop()
+
+
 def test_a_gpu_that_is_lost_too_often_is_cordoned(tmp_path: Path) -> None:
     server = Server(write_config(tmp_path, PROFILE, max_losses=0, step_timeout_floor_s=60))
     try:

@@ -23,6 +23,9 @@ from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, Mode
 
 STATUS_TIMEOUT_S = 1.0
 
+WATCH_S = 2.0
+"""How often a scheduler is asked while it starts."""
+
 STUCK_S = 20.0
 """A scheduler that does not answer a health check for so long is given up; it answers while it plans, in
 milliseconds."""
@@ -39,7 +42,11 @@ class Cell:
         self._scheduler = create_scheduler(args, group)
         self._log_form: LogForm | None = None
         self._hand_on_log_form()
-        await self._scheduler.start.remote()
+        starting = asyncio.ensure_future(self._scheduler.start.remote())
+        # Serve asks after a replica's health only once this returns
+        while not (await asyncio.wait([starting], timeout=WATCH_S))[0]:
+            await self._end_if_stuck()
+        await starting
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """`GenerateResult` whose `image` is an object reference to uint8 [height, width, 3]."""
@@ -104,6 +111,10 @@ class Cell:
     async def check_health(self) -> None:
         """Serve calls this; it fails when steps stop advancing, not only when a process is dead."""
         self._hand_on_log_form()
+        await self._end_if_stuck()
+
+    async def _end_if_stuck(self) -> None:
+        """Ask the scheduler; raises what it raises."""
         try:
             await asyncio.wait_for(self._scheduler.check_health.remote(), STUCK_S)
         except (RayActorError, asyncio.TimeoutError):
