@@ -22,7 +22,7 @@ test: install lint
 
 # some thousands of requests, right and wrong ones, made from the server's own OpenAPI document
 fuzz: install
-	TETRISERVE_FUZZ_CASES=2000 $(BIN)/python -m pytest tests/test_openapi.py --timeout=1800
+	TETRISERVE_FUZZ_CASES=2000 $(BIN)/python -m pytest tests/http/test_openapi.py --timeout=1800
 
 lint: install
 	$(BIN)/ruff check .

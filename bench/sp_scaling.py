@@ -23,7 +23,7 @@ from tqdm import tqdm
 from deployments.cell.fleet import Fleet
 from deployments.local import load_config, start_ray
 from tetriserve.request import GenerateRequest, Shape
-from tetriserve.scheduler.rounds import Assignment
+from tetriserve.scheduler.assignment import Assignment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

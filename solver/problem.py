@@ -19,11 +19,13 @@ class Phase:
         kind: "encode", "denoise" or "decode".
         steps: whole steps left, at least 1. Encode and decode are phases of one step.
         step_s: seconds of one step by sequence-parallel degree; only degrees that are allowed.
+        component: what a GPU must hold to run it, "" for nothing in particular.
     """
 
     kind: str
     steps: int
     step_s: Mapping[int, float]
+    component: str = ""
 
     @property
     def fastest_step_s(self) -> float:

@@ -17,9 +17,9 @@ def _serve(
     gpu: int, n_gpus: int, meeting: Path, folders: dict[str, Path], text_tokens: int, pipe: Any
 ) -> None:
     from tetriserve.engine.adapter import ModelLimits
-    from tetriserve.engine.attention import attention_kernel
     from tetriserve.engine.engine import Engine
     from tetriserve.engine.groups import GroupTable
+    from tetriserve.engine.kernels import attention_kernel
     from tetriserve.models.load import load_model
 
     torch.set_num_threads(1)

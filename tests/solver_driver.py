@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from schedule_checker import Chain, violations
 
 from solver.problem import Entry, Phase, Policy
-from tetriserve.scheduler.rounds import Assignment, RoundScheduler
+from tetriserve.scheduler.assignment import Assignment
+from tetriserve.scheduler.rounds import RoundScheduler
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,12 @@ def generate(options: argparse.Namespace) -> int:
         "slo_ms": None if options.slo is None else options.slo * 1000,
     }
     present = {name: value for name, value in body.items() if value is not None}
-    print("\n".join(generate(options.url, present, out, preview, verbose=options.verbose)))
+    explain = None
+    if options.verbose:
+        from tetriserve.scheduler.explain import of_metrics  # brings numpy along
+
+        explain = of_metrics
+    print("\n".join(generate(options.url, present, out, preview, explain=explain)))
     return 0
 
 

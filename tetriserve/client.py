@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ MAX_PREVIEWS = 3
 
 KEY_VARIABLE = "TETRISERVE_API_KEY"
 
+Explain = Callable[[Mapping[str, Any]], list[str]]
+"""Lines about a picture's metrics. Raises KeyError for what is not in them."""
+
 
 def key_headers() -> dict[str, str]:
     """The headers with the caller's API key, from the environment: arguments show in process lists."""
@@ -41,7 +44,7 @@ class ServerError(TetriserveError):
 
 
 def generate(
-    url: str, body: dict[str, Any], out: Path, preview: Path | None = None, *, verbose: bool = False
+    url: str, body: dict[str, Any], out: Path, preview: Path | None = None, *, explain: Explain | None = None
 ) -> list[str]:
     """Ask the server at `url` for pictures and write them; a bar of steps on stderr where that is a terminal.
 
@@ -51,7 +54,7 @@ def generate(
         out: file of the picture; several pictures get "-0", "-1", ... before the suffix, which must be one
             of `FORMATS`.
         preview: file that each preview is written to as it comes, named in the same way; of the same format as `out`.
-        verbose: also say of each step range why it ran at its degree.
+        explain: says of the metrics of a picture why each step range ran at its degree; None: nobody asked.
 
     Returns the lines to print. Raises `ServerError`.
     """
@@ -79,8 +82,11 @@ def generate(
                 _write(file, event)
                 elapsed_s = time.monotonic() - start_s
                 lines[picture] = describe(str(file), event["size"], elapsed_s, event["metrics"])
-                if verbose:
-                    lines[picture] += _explained(url, event["metrics"])
+                if explain is not None:
+                    try:
+                        lines[picture] += explain(event["metrics"])
+                    except KeyError as error:
+                        raise ServerError(f"{url} does not say what --verbose needs: {error}") from None
     if len(lines) < n:
         raise ServerError(f"{url} ended the stream after {len(lines)} of {n} pictures")
     return [line for picture in range(n) for line in lines[picture]]
@@ -108,15 +114,6 @@ def describe(file: str, size: str, elapsed_s: float, metrics: dict[str, Any]) ->
         for part in metrics["steps"]
     )
     return [f"{file}  {size}  seed {metrics['seed']}  {elapsed_s:.2f} s  {deadline}", f"  {path}"]
-
-
-def _explained(url: str, metrics: dict[str, Any]) -> list[str]:
-    from tetriserve.scheduler.explain import of_metrics  # brings numpy along
-
-    try:
-        return of_metrics(metrics)
-    except KeyError as error:
-        raise ServerError(f"{url} does not say what --verbose needs: {error}") from None
 
 
 def live_profile(url: str) -> Profile:

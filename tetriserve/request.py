@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from solver.problem import Phase
 
 
+MET_SLACK_S = 1e-6
+"""Sums of step times are off by rounding; so little behind its deadline a request counts as on time."""
+
+
 class Shape(NamedTuple):
     """Output size in pixels; `frames` is 1 for an image. Written "HxW" or "HxWxF" in profiles."""
 
@@ -151,6 +155,10 @@ class ModelInfo:
             return request.negative_prompt is not None and (request.true_cfg_scale or 1.0) > 1.0
         scale = request.guidance_scale
         return (self.default_guidance_scale if scale is None else scale) > 1.0
+
+    def step_cost(self, request: GenerateRequest) -> float:
+        """Of a step, in steps of the profile, which is measured without a wish: evaluations of the model."""
+        return (1 + self.guided(request)) / (1 + self.guided(GenerateRequest("profile")))
 
     def check(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` naming the first field this model cannot serve."""

@@ -71,9 +71,9 @@ class Rank:
         import torch
 
         from tetriserve.engine.adapter import ModelLimits
-        from tetriserve.engine.attention import attention_kernel
         from tetriserve.engine.engine import Engine
         from tetriserve.engine.groups import GroupTable
+        from tetriserve.engine.kernels import attention_kernel
         from tetriserve.models.load import load_model
 
         class Gloo(GroupTable):

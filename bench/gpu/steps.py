@@ -17,9 +17,9 @@ from record import GIB, Place, Rows, host_peak_gib
 from transformers import CLIPTextModel, T5EncoderModel
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, picture
-from tetriserve.engine.attention import attention_kernel
 from tetriserve.engine.engine import Engine
 from tetriserve.engine.groups import GroupTable, SPGroup
+from tetriserve.engine.kernels import attention_kernel
 from tetriserve.models.load import load_model
 from tetriserve.request import GenerateRequest
 
@@ -49,7 +49,7 @@ class Model:
         self.adapter: ModelAdapter = load_model(
             str(place.flux),
             ModelLimits("FLUX.1-dev", max_pixels=2048 * 2048),
-            lambda *x: self.kernels[self.kernel](*x),
+            lambda *x, **more: self.kernels[self.kernel](*x, **more),
             dtype=self.dtype,
             device=device,
         )
@@ -181,17 +181,14 @@ def rest_of_a_request(place: Place, rows: Rows, model: Model, side: int) -> None
 
 def degrees_and_kernels(place: Place, rows: Rows, model: Model, side: int) -> None:
     """One step by kernel, and by degree without its exchange."""
-    request, state = model.begin(side, 1)
-    info, timestep = model.adapter.info, state.sampler.timesteps[0]
+    _, state = model.begin(side, 1)
+    timestep = state.sampler.timesteps[0]
     for kernel in model.kernels:
         for degree in DEGREES if kernel == "auto" else DEGREES[:1]:
             group = None if degree == 1 else NoExchange(tuple(range(degree)), 0, None, 0)
             model.kernel = kernel
             with rows.or_error(side=side, kernel=kernel, degree=degree), place.peak_gib() as peak:
-                over = model.adapter.sequence_parallel.over(
-                    group, info.tokens(request.shape), info.text_tokens
-                )
-                with over:
+                with model.adapter.over(group):
                     done_ms, launched_ms = place.timed(
                         lambda: model.adapter.predict_noise(state, timestep), 3 if side > 1024 else 5
                     )

@@ -21,7 +21,7 @@ from tetriserve.request import (
     Progress,
     StepRange,
 )
-from tetriserve.scheduler.rounds import Assignment
+from tetriserve.scheduler.assignment import Assignment
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,10 +8,8 @@ from collections import defaultdict
 from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol
 
-from deployments.cell.fleet import Fleet
-from deployments.config import CellArgs
+from deployments.cell.state import CellState
 from deployments.logs import logger
-from tetriserve.scheduler.rounds import RoundScheduler
 
 LOSS_WINDOW_S = 600.0
 """A GPU that is lost more than `cell.max_losses` times within the window is not tried again."""
@@ -44,18 +42,17 @@ class Keeper(Protocol):
 class Recovery:
     """Takes lost GPUs off the board and puts them back with a new replica.
 
-    Attributes:
-        lost: GPUs that are off the board, those that are cordoned included.
+    The GPUs that are off the board are `CellState.lost`.
     """
 
-    def __init__(self, fleet: Fleet, cell: CellArgs, rounds: RoundScheduler, keeper: Keeper) -> None:
-        self._fleet = fleet
-        self._cell = cell
-        self._rounds = rounds
+    def __init__(self, state: CellState, keeper: Keeper) -> None:
+        self._state = state
+        self._fleet = state.fleet
+        self._cell = state.args.cell
+        self._rounds = state.rounds
         self._keeper = keeper
-        self.lost: set[int] = set()
         self._losses: dict[int, list[float]] = defaultdict(list)
-        self._last_report_s = [time.monotonic()] * len(fleet)
+        self._last_report_s = [time.monotonic()] * len(state.fleet)
         self._dead_s: dict[int, float] = {}
         self._joining = asyncio.Lock()
 
@@ -82,10 +79,10 @@ class Recovery:
 
     def lose(self, gpu: int) -> None:
         """A replica is gone: take its GPU off the board and have it replaced; the others go on."""
-        if gpu in self.lost:
+        if gpu in self._state.lost:
             return
         logger.error("GPU replica %d is lost", gpu)
-        self.lost.add(gpu)
+        self._state.lost.add(gpu)
         self._keeper.on_lost(gpu)
         self._rounds.gpu_lost(gpu)
         self._keeper.spawn(self._recover(gpu))
@@ -102,7 +99,7 @@ class Recovery:
             try:
                 await self._fleet.replace(gpu)
                 async with self._joining:
-                    others = set(range(len(self._fleet))) - self.lost
+                    others = set(range(len(self._fleet))) - self._state.lost
                     await asyncio.wait_for(self._fleet.rejoin(gpu, others), JOIN_TIMEOUT_S)
                     while any(gpu in assignment.gpus for assignment in self._rounds.running):
                         await asyncio.sleep(POLL_S)  # calls to the old replica are failing right now
@@ -113,7 +110,7 @@ class Recovery:
 
     def _back(self, gpu: int) -> None:
         now_s = time.monotonic()
-        self.lost.discard(gpu)
+        self._state.lost.discard(gpu)
         self._dead_s.pop(gpu, None)
         self._rounds.gpu_back(gpu, now_s)
         self.reported([gpu], now_s)
@@ -123,7 +120,7 @@ class Recovery:
     async def look(self, now_s: float) -> None:
         """Find replicas that died idle, or that keep a new one from joining, and end those that stand still."""
         busy = {gpu for assignment in self._rounds.running for gpu in assignment.gpus}
-        idle = set(range(len(self._fleet))) - busy - self.lost
+        idle = set(range(len(self._fleet))) - busy - self._state.lost
         for gpu in await (self._fleet.silent(idle) if self._joining.locked() else self._fleet.dead(idle)):
             self.lose(gpu)
         await self._watch(now_s)
@@ -133,13 +130,13 @@ class Recovery:
         cell, running = self._cell, self._rounds.running
         longest_s = max((a.end_s - a.start_s for a in running), default=0.0)
         limit_s = max(cell.step_timeout_floor_s, cell.step_timeout_factor * longest_s)
-        for gpu in sorted({gpu for a in running for gpu in a.gpus} - self.lost):
+        for gpu in sorted({gpu for a in running for gpu in a.gpus} - self._state.lost):
             first = next(a for a in running if gpu in a.gpus)
             since_s = now_s - max(self._last_report_s[gpu], first.start_s)
             if since_s > cell.step_timeout_floor_s:
                 # one that still answers may only be slow, and others compute with it: it gets longer,
                 # unless a member has been dead for long, for then this range never ends
-                members = set(first.gpus) - self.lost
+                members = set(first.gpus) - self._state.lost
                 states = await self._fleet.states(members)
                 dead_s = [
                     self._dead_s.setdefault(member, now_s) for member in members if states[member] == "dead"

@@ -25,7 +25,7 @@ from tetriserve.engine.environment import set_environment
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, OutOfMemory
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
-from tetriserve.scheduler.rounds import Assignment
+from tetriserve.scheduler.assignment import Assignment
 
 CPU_NICENESS = 10
 """On CPU the replicas yield to the scheduler and the ingress, which share their cores."""
@@ -124,6 +124,39 @@ def _log_failed(future: Future[Any]) -> None:
         logger.error("a release failed", exc_info=error)
 
 
+def _encode(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
+    assert request is not None
+    return engine.encode(assignment.request_ids[0], request)
+
+
+def _denoise(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
+    (request_id,) = assignment.request_ids
+    gpus, seq = assignment.gpus, assignment.seq
+    report = engine.denoise(request_id, gpus, assignment.first_step, assignment.steps, *held, seq)
+    return report, engine.pack(request_id) if gpus[0] == engine.groups.gpu else None
+
+
+def _decode(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
+    return engine.decode(assignment.request_ids[0], *held)
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """How a kind of phase is run by an `Engine`.
+
+    Attributes:
+        run: (engine, assignment, request, conditioning, latents) to the report and what it produced.
+        produces: how many things the group's first GPU gives beside its report.
+    """
+
+    run: Callable[..., Any]
+    produces: int
+
+
+PHASES = {"encode": PhaseRun(_encode, 2), "denoise": PhaseRun(_denoise, 1), "decode": PhaseRun(_decode, 1)}
+"""By `Phase.kind`."""
+
+
 class GPUReplica:
     """Ray actor (threaded) that holds a whole model and runs step ranges for groups of replicas.
 
@@ -156,9 +189,9 @@ class GPUReplica:
         import torch
 
         from tetriserve.engine.adapter import ModelLimits
-        from tetriserve.engine.attention import attention_kernel
         from tetriserve.engine.engine import Engine
         from tetriserve.engine.groups import GroupTable
+        from tetriserve.engine.kernels import attention_kernel
         from tetriserve.models.embedded import DESCRIPTION, EMBEDDED
         from tetriserve.models.load import load_model
 
@@ -268,23 +301,10 @@ class GPUReplica:
             group = engine.groups.group(assignment.gpus, assignment.seq)
             if missing:
                 raise GivenUp(missing)
-            if assignment.kind == "encode":
-                assert request is not None
-                return engine.encode(request_id, request)
-            if assignment.kind == "decode":
-                return engine.decode(request_id, *held)
-            report = engine.denoise(
-                request_id,
-                assignment.gpus,
-                assignment.first_step,
-                assignment.steps,
-                *held,
-                assignment.seq,
-            )
-            packed = engine.pack(request_id) if place == 0 else None
+            made = PHASES[assignment.kind].run(engine, assignment, request, *held)
             if group is not None:
                 group.agree(self._device)
-            return report if packed is None else (report, packed)
+            return made if place == 0 else made[0]
 
         def call() -> Any:
             return self._or_abandon(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from tetriserve.engine.attention import Kernel
+from tetriserve.engine.attention import Kinds
+from tetriserve.engine.groups import SPGroup
+from tetriserve.engine.kernels import Kernel
 from tetriserve.engine.sequence import SequenceParallel, ShardPlan
 from tetriserve.errors import ConfigError
 from tetriserve.request import GenerateRequest, ModelInfo
@@ -68,6 +72,7 @@ class ModelAdapter(ABC):
     family: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     shard_plan: ClassVar[ShardPlan]
+    attention_kinds: ClassVar[Kinds] = ()
 
     def __init__(self, pipeline: Any, limits: ModelLimits, kernel: Kernel) -> None:
         self.pipeline = pipeline
@@ -75,16 +80,29 @@ class ModelAdapter(ABC):
         if getattr(pipeline.scheduler.config, "stochastic_sampling", False):
             raise ConfigError("model: stochastic_sampling is not supported, seeds could not be honoured")
         self.info = self._info(limits)
-        self.sequence_parallel = SequenceParallel(pipeline.transformer, self.shard_plan, kernel)
-        self._install_attention()
+        self.group: SPGroup | None = None
+        self._parallel = [
+            SequenceParallel(transformer, self.shard_plan, kernel, self.attention_kinds)
+            for transformer in self.transformers()
+        ]
 
     @abstractmethod
     def _info(self, limits: ModelLimits) -> ModelInfo:
         """Limits and defaults of the loaded model."""
 
-    @abstractmethod
-    def _install_attention(self) -> None:
-        """Give the transformer attention processors that call `self.sequence_parallel.attend`."""
+    def transformers(self) -> list[torch.nn.Module]:
+        """What predicts: one, or several of a kind that take turns."""
+        return [self.pipeline.transformer]
+
+    @contextmanager
+    def over(self, group: SPGroup | None) -> Iterator[None]:
+        """Predict over `group` inside; None is one GPU alone. All members must enter together."""
+        self.group = group
+        with ExitStack() as stack:
+            for parallel in self._parallel:
+                stack.enter_context(parallel.over(group))
+            yield
+        self.group = None
 
     @abstractmethod
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:

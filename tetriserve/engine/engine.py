@@ -86,8 +86,7 @@ class Engine:
         group = self.groups.group(gpus, seq)
         state = self._state(request_id, first_step, conditioning, latents)
         switched_s = time.time()
-        info = self.adapter.info
-        with self.adapter.sequence_parallel.over(group, info.tokens(state.request.shape), info.text_tokens):
+        with self.adapter.over(group):
             for _ in range(steps):
                 before = state.latents
                 velocity = self.adapter.step(state)

@@ -1,125 +1,164 @@
 """Sequence parallelism whose degree may change between two steps.
 
-Two small hooks split a transformer's token axes on the way in and gather them on the way out, following
-diffusers' own context-parallel plan format. They and the attention read the *current* group, so a switch of
-degree or GPU set is one assignment. Attention is exchanged by Ulysses all-to-all (heads for tokens); where
-the heads do not divide, keys and values are gathered instead (ring attention with all-gather rotation, as in
-diffusers). Shards may differ by one row: their sizes follow from the lengths, no rank has to ask another.
+Small hooks split a transformer's token axes on the way in and gather them on the way out, following diffusers' own
+context-parallel plan format. They and the attention read the *current* group, so a switch of degree or GPU set is one
+assignment. Attention is exchanged by Ulysses all-to-all (heads for tokens); where the heads do not divide, keys and
+values are gathered instead (ring attention with all-gather rotation, as in diffusers). Shards may differ by one row:
+their sizes follow from the lengths that were cut, no rank has to ask another.
+
+One mechanism for every family: what a family adds is a plan of a few lines, often diffusers' own `_cp_plan`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement
 from typing import Any
 
 import torch
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models._modeling_parallel import ContextParallelOutput
 
-from tetriserve.engine.attention import Kernel
+from tetriserve.engine.attention import Kind, Kinds, install
 from tetriserve.engine.groups import SPGroup
+from tetriserve.engine.kernels import Kernel, Mask
+
+
+@dataclass(frozen=True)
+class Joint:
+    """An argument that covers several streams one after the other: a joint mask, a rotary table.
+
+    Attributes:
+        streams: the arguments, cut before by the same plan, whose tokens it covers. Length 1 means the same for all
+            tokens, and is left alone.
+    """
+
+    split_dim: int
+    streams: tuple[str, ...]
+
 
 ShardPlan = Mapping[str, Any]
-"""diffusers' `_cp_plan`: module name to {argument or output index: ContextParallelInput}, or an output."""
+"""diffusers' `_cp_plan`: module name to {argument or output index: ContextParallelInput or `Joint`}, or to a
+ContextParallelOutput. "*" in a name stands for any number; a list of shards is for a tuple of tensors."""
+
+Rows = tuple[int, ...]
+"""How many rows of a sequence each rank has."""
 
 
 class SequenceParallel:
     """Runs a transformer over the group of the moment.
 
     Args:
-        transformer: the DiT; its attention processors must call `attend`.
+        transformer: the DiT, from diffusers.
         plan: where token axes are split and gathered.
         kernel: attention of one GPU.
+        kinds: of attentions that are not to be sharded like the rest.
     """
 
-    def __init__(self, transformer: torch.nn.Module, plan: ShardPlan, kernel: Kernel) -> None:
+    def __init__(
+        self, transformer: torch.nn.Module, plan: ShardPlan, kernel: Kernel, kinds: Kinds = ()
+    ) -> None:
         self._kernel = kernel
         self._group: SPGroup | None = None
-        self.image_rows: tuple[int, ...] = ()
-        self.joint_rows: tuple[int, ...] = ()
-        for name, shards in plan.items():
-            self._hook(transformer.get_submodule(name), shards)
+        self._sharded = False  # between a split and its gather: what runs before and behind sees all tokens
+        self._lengths: dict[str, int] = {}
+        self._known: dict[tuple[int, int, tuple[int, ...]], dict[int, Rows] | None] = {}
+        for pattern, shards in plan.items():
+            for module in _modules(transformer, pattern):
+                self._hook(module, shards)
+        install(transformer, self, kinds)
 
     @contextmanager
-    def over(self, group: SPGroup | None, image_tokens: int, text_tokens: int) -> Iterator[None]:
+    def over(self, group: SPGroup | None) -> Iterator[None]:
         """Run what is inside over `group`; None is one GPU alone. All members must enter together."""
-        if group is not None:
-            self.image_rows = group.rows(image_tokens)
-            self.joint_rows = tuple(
-                image + text for image, text in zip(self.image_rows, group.rows(text_tokens), strict=True)
-            )
         self._group = group
         try:
             yield
         finally:
-            self._group = None
+            self._group, self._sharded = None, False
+
+    # ---- attention ----------------------------------------------------------------------------------------
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: tuple[int, ...]
-    ) -> torch.Tensor:
-        """Attention of this rank's queries over all tokens of the group.
-
-        Args:
-            query, key, value: [batch, own tokens, heads, head_dim].
-            rows: tokens of every rank (`image_rows` or `joint_rows`); ignored on one GPU.
-
-        Returns:
-            [batch, own tokens, heads, head_dim].
-        """
-        group = self._group
-        if group is None:
-            return self._kernel(query, key, value)
-        if query.shape[2] % group.degree:
-            key, value = self._gather_rows(torch.stack((key, value)), 2, rows)
-            return self._kernel(query, key, value)
-        return self._ulysses(group, query, key, value, rows)
-
-    def _ulysses(
         self,
-        group: SPGroup,
+        kind: Kind,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        rows: tuple[int, ...],
+        mask: Mask,
+        scale: float | None,
+        gqa: bool,
     ) -> torch.Tensor:
-        """Own tokens of all heads -> all tokens of own heads -> attention -> and back. Two exchanges."""
-        batch, own, heads, dim = query.shape
-        degree = group.degree
-        sent = query.new_empty(degree, own, 3, batch, heads // degree, dim)
-        for i, x in enumerate((query, key, value)):
-            sent[:, :, i] = x.view(batch, own, degree, heads // degree, dim).permute(2, 1, 0, 3, 4)
-        got = group.all_to_all(sent.flatten(0, 1), [own] * degree, rows)
-        all_query, all_key, all_value = got.permute(1, 2, 0, 3, 4)
-        output = self._kernel(all_query, all_key, all_value)
-        got = group.all_to_all(output.transpose(0, 1).contiguous(), rows, [own] * degree)
-        return got.view(degree, own, batch, heads // degree, dim).permute(2, 1, 0, 3, 4).flatten(2, 3)
-
-    def _gather_rows(self, x: torch.Tensor, dim: int, rows: tuple[int, ...]) -> torch.Tensor:
-        """All ranks' shards of `x` along `dim`, in rank order."""
+        """Attention of this rank's queries over all tokens of the group; arguments as for `Kernel`, of own tokens."""
         group = self._group
-        assert group is not None
-        own = x.movedim(dim, 0).contiguous()
-        sent = own.expand(group.degree, *own.shape).flatten(0, 1)
-        return group.all_to_all(sent, [own.shape[0]] * group.degree, rows).movedim(0, dim)
+        if group is None or kind == "local" or not self._sharded:
+            return self._kernel(query, key, value, mask, scale, gqa)
+        key_rows = self._rows(group, key.shape[1], key.device)
+        by_heads = kind == "shard" and not (query.shape[2] % group.degree or key.shape[2] % group.degree)
+        if mask is not None:
+            mask = self._of_all_keys(group, mask, key_rows, by_heads)
+        if not by_heads:
+            key, value = _gather(group, torch.stack((key, value)), 2, key_rows)
+            return self._kernel(query, key, value, mask, scale, gqa)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.chunk(group.degree, 1)[group.rank]
+        query_rows = self._rows(group, query.shape[1], query.device)
+        if query.shape == key.shape:
+            query, key, value = _to_heads(group, (query, key, value), query_rows)
+        else:
+            (query,) = _to_heads(group, (query,), query_rows)
+            key, value = _to_heads(group, (key, value), key_rows)
+        return _to_tokens(group, self._kernel(query, key, value, mask, scale, gqa), query_rows)
 
-    def _own_rows(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        group = self._group
-        assert group is not None
-        return x.split(group.rows(x.shape[dim]), dim=dim)[group.rank]
+    def _of_all_keys(self, group: SPGroup, mask: torch.Tensor, rows: Rows, all_queries: bool) -> torch.Tensor:
+        """A mask [..., queries or 1, own keys] as one of all keys, in the order in which these are exchanged."""
+        dtype, square = mask.dtype, mask.shape[-2] > 1
+        if square:  # the product of who may look and who is seen: its diagonal is either
+            mask = mask.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        mask = _gather(group, mask.to(torch.uint8) if dtype is torch.bool else mask, -1, rows).to(dtype)
+        if not square:
+            return mask
+        queries = mask.transpose(-1, -2)
+        return (queries if all_queries else queries.split(rows, -2)[group.rank]) * mask
+
+    # ---- rows ---------------------------------------------------------------------------------------------
+
+    def _rows(self, group: SPGroup, own: int, device: torch.device) -> Rows:
+        """Every rank's rows of a sequence of which this one has `own`.
+
+        The sequence is a stream that was cut, or two of them joined. Where two such sequences would give some rank
+        the same number of rows, which all ranks see alike, they ask each other.
+        """
+        lengths = tuple(sorted(set(self._lengths.values())))
+        key = (group.degree, group.rank, lengths)
+        if key not in self._known:
+            self._known[key] = _told_apart(group, lengths)
+        known = self._known[key]
+        if known is None:
+            ones = [1] * group.degree
+            sent = torch.full((group.degree,), own, dtype=torch.int64, device=device)
+            return tuple(group.all_to_all(sent, ones, ones).tolist())
+        if own not in known:
+            raise RuntimeError(f"{own} tokens on rank {group.rank} of {group.degree}: no shard of {lengths}")
+        return known[own]
+
+    # ---- hooks --------------------------------------------------------------------------------------------
 
     def _hook(self, module: torch.nn.Module, shards: Any) -> None:
         if isinstance(shards, ContextParallelOutput):
             module.register_forward_hook(self._gather_hook(shards))
             return
-        inputs = {k: v for k, v in shards.items() if not v.split_output}
-        outputs = {k: v for k, v in shards.items() if v.split_output}
+        inputs = {name: shard for name, shard in shards.items() if isinstance(name, str)}
+        outputs = {index: shard for index, shard in shards.items() if not isinstance(index, str)}
         if inputs:
             module.register_forward_pre_hook(self._split_inputs_hook(module, inputs), with_kwargs=True)
         if outputs:
             module.register_forward_hook(self._split_outputs_hook(outputs))
 
-    def _split_inputs_hook(self, module: torch.nn.Module, inputs: dict[str, ContextParallelInput]) -> Any:
+    def _split_inputs_hook(self, module: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         signature = inspect.signature(type(module).forward)
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,29 +167,111 @@ class SequenceParallel:
             bound = signature.bind(module, *args, **kwargs).arguments
             bound.pop("self")
             for name, shard in inputs.items():
-                x = bound.get(name)
-                if x is not None and x.dim() == (shard.expected_dims or x.dim()):
-                    bound[name] = self._own_rows(x, shard.split_dim)
+                if bound.get(name) is not None:
+                    bound[name] = self._own(self._group, bound[name], shard, name)
             return (), {**bound.pop("kwargs", {}), **bound}
 
         return hook
 
-    def _split_outputs_hook(self, outputs: dict[int, ContextParallelInput]) -> Any:
+    def _split_outputs_hook(self, outputs: dict[int, Any]) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            if self._group is None:
+            group = self._group
+            if group is None:
                 return output
             if isinstance(output, torch.Tensor):
-                return self._own_rows(output, outputs[0].split_dim)
+                return self._own(group, output, outputs[0], f"output of {type(module).__name__}")
             return tuple(
-                self._own_rows(x, outputs[i].split_dim) if i in outputs else x for i, x in enumerate(output)
+                self._own(group, x, outputs[i], f"output {i} of {type(module).__name__}")
+                if i in outputs
+                else x
+                for i, x in enumerate(output)
             )
 
         return hook
 
     def _gather_hook(self, shard: ContextParallelOutput) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            if self._group is None:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            group = self._group
+            if group is None:
                 return output
-            return self._gather_rows(output, shard.gather_dim, self.image_rows)
+            self._sharded = False
+            if isinstance(output, tuple):  # the first is what was cut
+                return (gathered(group, output[0]), *output[1:])
+            return gathered(group, output)
+
+        def gathered(group: SPGroup, x: torch.Tensor) -> torch.Tensor:
+            dim = shard.gather_dim
+            return _gather(group, x, dim, self._rows(group, x.shape[dim], x.device))
 
         return hook
+
+    def _own(self, group: SPGroup, x: Any, shard: Any, name: str) -> Any:
+        """This rank's part of an argument."""
+        if isinstance(x, list | tuple):
+            shards = shard if isinstance(shard, list | tuple) else [shard] * len(x)
+            return type(x)(self._own(group, one, part, name) for one, part in zip(x, shards, strict=True))
+        if not isinstance(x, torch.Tensor):
+            return x
+        if isinstance(shard, Joint):
+            return self._own_of_joint(group, x, shard, name)
+        if x.dim() != (shard.expected_dims or x.dim()):
+            return x
+        if not self._sharded:
+            self._sharded, self._lengths = True, {}
+        length = self._lengths[name] = x.shape[shard.split_dim]
+        return x.split(group.rows(length), dim=shard.split_dim)[group.rank]
+
+    def _own_of_joint(self, group: SPGroup, x: torch.Tensor, shard: Joint, name: str) -> torch.Tensor:
+        lengths = [self._lengths[stream] for stream in shard.streams]
+        if x.shape[shard.split_dim] == 1:
+            return x
+        if x.shape[shard.split_dim] != sum(lengths):
+            raise RuntimeError(f"{name} {tuple(x.shape)} does not cover {shard.streams} of {lengths} tokens")
+        parts = zip(x.split(lengths, shard.split_dim), lengths, strict=True)
+        own = [part.split(group.rows(n), shard.split_dim)[group.rank] for part, n in parts]
+        return torch.cat(own, shard.split_dim)
+
+
+def _modules(transformer: torch.nn.Module, pattern: str) -> list[torch.nn.Module]:
+    if "*" not in pattern:
+        return [transformer.get_submodule(pattern)]
+    wanted = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    return [module for name, module in transformer.named_modules() if wanted.fullmatch(name)]
+
+
+def _told_apart(group: SPGroup, lengths: Sequence[int]) -> dict[int, Rows] | None:
+    """Rows of every rank by this rank's rows, for streams of these lengths and pairs of them; None where some rank
+    could not tell two apart."""
+    single = [group.rows(length) for length in lengths]
+    joined = [
+        tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in combinations_with_replacement(single, 2)
+    ]
+    candidates = {*single, *joined}
+    if any(a == b for x, y in combinations(candidates, 2) for a, b in zip(x, y, strict=True)):
+        return None
+    return {rows[group.rank]: rows for rows in candidates}
+
+
+def _to_heads(group: SPGroup, tensors: Sequence[torch.Tensor], rows: Rows) -> tuple[torch.Tensor, ...]:
+    """Own tokens of all heads to all tokens of own heads, [batch, tokens, heads, dim] each, in one exchange."""
+    batch, own, heads, dim = tensors[0].shape
+    degree, count = group.degree, len(tensors)
+    sent = tensors[0].new_empty(degree, own, count, batch, heads // degree, dim)
+    for i, x in enumerate(tensors):
+        sent[:, :, i] = x.unflatten(2, (degree, heads // degree)).permute(2, 1, 0, 3, 4)
+    got = group.all_to_all(sent.flatten(0, 1), [own] * degree, rows)
+    return got.permute(1, 2, 0, 3, 4).unbind(0)
+
+
+def _to_tokens(group: SPGroup, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The way back."""
+    degree, own = group.degree, rows[group.rank]
+    got = group.all_to_all(x.transpose(0, 1).contiguous(), rows, [own] * degree)
+    return got.unflatten(0, (degree, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+
+
+def _gather(group: SPGroup, x: torch.Tensor, dim: int, rows: Rows) -> torch.Tensor:
+    """All ranks' shards of `x` along `dim`, in rank order."""
+    own = x.movedim(dim, 0).contiguous()
+    sent = own.expand(group.degree, *own.shape).flatten(0, 1)
+    return group.all_to_all(sent, [own.shape[0]] * group.degree, rows).movedim(0, dim)

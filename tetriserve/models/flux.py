@@ -8,51 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
-from tetriserve.engine.sequence import SequenceParallel
 from tetriserve.errors import ConfigError
 from tetriserve.request import GenerateRequest, ModelInfo
-
-
-class FluxAttention:
-    """Joint attention of FLUX's double blocks and self-attention of its single blocks, sharded."""
-
-    def __init__(self, sequence_parallel: SequenceParallel) -> None:
-        self._parallel = sequence_parallel
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        heads = (attn.heads, -1)
-        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, heads))
-        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, heads))
-        value = attn.to_v(hidden_states).unflatten(-1, heads)
-        if encoder_hidden_states is not None:
-            text_query = attn.norm_added_q(attn.add_q_proj(encoder_hidden_states).unflatten(-1, heads))
-            text_key = attn.norm_added_k(attn.add_k_proj(encoder_hidden_states).unflatten(-1, heads))
-            text_value = attn.add_v_proj(encoder_hidden_states).unflatten(-1, heads)
-            query = torch.cat([text_query, query], dim=1)
-            key = torch.cat([text_key, key], dim=1)
-            value = torch.cat([text_value, value], dim=1)
-        if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        # single blocks see text and image concatenated already: both kinds attend over the joint sequence
-        output = self._parallel.attend(query, key, value, self._parallel.joint_rows)
-        output = output.flatten(2, 3).to(query.dtype)
-        if encoder_hidden_states is None:
-            return output
-        text = encoder_hidden_states.shape[1]
-        image_output = attn.to_out[1](attn.to_out[0](output[:, text:].contiguous()))
-        return image_output, attn.to_add_out(output[:, :text].contiguous())
 
 
 class FluxAdapter(ModelAdapter):
@@ -87,9 +47,6 @@ class FluxAdapter(ModelAdapter):
             max_prompt_chars=limits.max_prompt_chars,
             description=limits.description,
         )
-
-    def _install_attention(self) -> None:
-        self.pipeline.transformer.set_attn_processor(FluxAttention(self.sequence_parallel))
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
         prompts = {"": request.prompt}

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits
-from tetriserve.engine.attention import Kernel
+from tetriserve.engine.kernels import Kernel
 from tetriserve.errors import ConfigError
 from tetriserve.models.embedded import EMBEDDED, embedded_folder
 from tetriserve.models.flux import FluxAdapter

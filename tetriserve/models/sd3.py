@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -10,46 +10,8 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
-from tetriserve.engine.sequence import SequenceParallel, ShardPlan
+from tetriserve.engine.sequence import ShardPlan
 from tetriserve.request import GenerateRequest, ModelInfo
-
-
-class SD3Attention:
-    """Joint attention of image and text, and SD3.5's second attention over the image alone, sharded."""
-
-    def __init__(self, sequence_parallel: SequenceParallel) -> None:
-        self._parallel = sequence_parallel
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        def normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
-            x = x.unflatten(-1, (attn.heads, -1))
-            return x if norm is None else norm(x)
-
-        image = hidden_states.shape[1]
-        query = normed(attn.norm_q, attn.to_q(hidden_states))
-        key = normed(attn.norm_k, attn.to_k(hidden_states))
-        value = normed(None, attn.to_v(hidden_states))
-        rows = self._parallel.image_rows
-        if encoder_hidden_states is not None:
-            rows = self._parallel.joint_rows
-            text_query = normed(attn.norm_added_q, attn.add_q_proj(encoder_hidden_states))
-            text_key = normed(attn.norm_added_k, attn.add_k_proj(encoder_hidden_states))
-            text_value = normed(None, attn.add_v_proj(encoder_hidden_states))
-            query = torch.cat([query, text_query], dim=1)
-            key = torch.cat([key, text_key], dim=1)
-            value = torch.cat([value, text_value], dim=1)
-        output = self._parallel.attend(query, key, value, rows).flatten(2, 3).to(query.dtype)
-        image_output = attn.to_out[1](attn.to_out[0](output[:, :image]))
-        if encoder_hidden_states is None:
-            return image_output
-        text_output = output[:, image:]
-        return image_output, text_output if attn.context_pre_only else attn.to_add_out(text_output)
 
 
 class SD3Adapter(ModelAdapter):
@@ -83,9 +45,6 @@ class SD3Adapter(ModelAdapter):
             max_prompt_chars=limits.max_prompt_chars,
             description=limits.description,
         )
-
-    def _install_attention(self) -> None:
-        self.pipeline.transformer.set_attn_processor(SD3Attention(self.sequence_parallel))
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
         guided = self.info.guided(request)

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tetriserve.request import Execution, LostRange, PlannedWith
-from tetriserve.simulation.result import MET_SLACK_S
+from tetriserve.request import MET_SLACK_S, Execution, LostRange, PlannedWith
 
 WAIT_S = 0.05
 """A shorter gap before a range is the hand-off, not waiting; a range that much slower than planned is slow ..."""

@@ -59,6 +59,16 @@ class LiveProfile:
             return table
         return {degree: seconds * self.ratio(shape, degree) for degree, seconds in table.items()}
 
+    @property
+    def model(self) -> str:
+        return self.profile.model
+
+    def encode_s(self, shape: Shape) -> float:
+        return self.profile.encode_s(shape)
+
+    def decode_s(self, shape: Shape) -> float:
+        return self.profile.decode_s(shape)
+
     def corrected(self) -> Profile:
         """The profile with all that was measured in it, other shapes included."""
         known = {shape for shape, degree in self._ratios if self.ratio(shape, degree) != 1.0}

@@ -8,114 +8,16 @@ happens in between (arrivals, cancellations, lost GPUs) is respected at commit.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot
+from tetriserve.scheduler.assignment import Assignment, OpenRequest, RoundPlan, fits
+from tetriserve.scheduler.committed import Committed
 from tetriserve.scheduler.load import RecentLoad
+from tetriserve.scheduler.predictions import Predictions
 
 EPSILON_S = 1e-9
-QUEUE_DEPTH = 2
-"""Assignments a GPU may hold: the running one and the one behind it, so that it never waits for the brain."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A committed step range.
-
-    Attributes:
-        seq: global plan order; every GPU executes its assignments in increasing `seq`.
-        request_ids: the requests of one step batch (one request until step batching exists).
-        first_step: index of the first denoising step; 0 for encode and decode.
-        start_s, end_s: predicted, on the caller's clock.
-        after: for each GPU of `gpus`, the `seq` of the assignment before this one there, -1 for none.
-        others: how many other requests were open.
-    """
-
-    seq: int
-    request_ids: tuple[str, ...]
-    kind: str
-    gpus: tuple[int, ...]
-    first_step: int
-    steps: int
-    start_s: float
-    end_s: float
-    after: tuple[int, ...]
-    others: int = 0
-
-    def __str__(self) -> str:
-        return f"range {self.seq}, {self.steps} steps of {self.kind} on GPUs {', '.join(map(str, self.gpus))}"
-
-    @property
-    def degree(self) -> int:
-        return len(self.gpus)
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """What one decision committed, in plan order."""
-
-    assignments: tuple[Assignment, ...]
-    boundary_s: float
-
-
-@dataclass
-class _Open:
-    """An open request: its chain of phases and how far it is committed and confirmed, in whole steps.
-
-    `planned_end_s` is its end in the last packing, None when that did not reach it.
-    """
-
-    id: str
-    arrival_s: float
-    deadline_s: float
-    phases: tuple[Phase, ...]
-    priority: int
-    drop_late: bool
-    reject_infeasible: bool
-    client: str | None = None
-    committed: int = 0
-    confirmed: int = 0
-    ready_s: float = 0.0
-    gpus: tuple[int, ...] = ()
-    set_aside: bool = False
-    outstanding: list[int] = field(default_factory=list)
-    aborting: bool = False
-    planned_end_s: float | None = None
-
-    @property
-    def plannable(self) -> bool:
-        """Has steps to commit, and no range in flight that is bound to fail with an earlier one."""
-        return self.committed < self.total and not self.aborting
-
-    @property
-    def total(self) -> int:
-        return sum(phase.steps for phase in self.phases)
-
-    def remaining(self) -> tuple[Phase, ...]:
-        """Phases not yet committed."""
-        skip, left = self.committed, []
-        for phase in self.phases:
-            if skip >= phase.steps:
-                skip -= phase.steps
-                continue
-            left.append(Phase(phase.kind, phase.steps - skip, phase.step_s))
-            skip = 0
-        return tuple(left)
-
-    def first_step(self) -> int:
-        """Index of the next uncommitted step within its own phase."""
-        skip = self.committed
-        for phase in self.phases:
-            if skip < phase.steps:
-                return skip
-            skip -= phase.steps
-        return 0
-
-
-def _fits(phases: Iterable[Phase], n_gpus: int) -> bool:
-    return all(any(degree <= n_gpus for degree in phase.step_s) for phase in phases)
 
 
 class RoundScheduler:
@@ -152,13 +54,9 @@ class RoundScheduler:
         self._boundary_s = -math.inf
         self._seq = 0
         self._load = RecentLoad()
-        self._open: dict[str, _Open] = {}
-        self._running: dict[int, Assignment] = {}
-        self._began_s: dict[int, float] = {}
-        self._queue: list[list[int]] = [[] for _ in range(n_gpus)]
-        self._free_at_s = [-math.inf] * n_gpus
-        self._last_seq = [-1] * n_gpus
-        self._drained_s: float | None = None
+        self._open: dict[str, OpenRequest] = {}
+        self._committed = Committed(n_gpus)
+        self._predictions = Predictions(self._open, self._committed)
 
     # ---- events -------------------------------------------------------------------------------------------
 
@@ -179,9 +77,9 @@ class RoundScheduler:
         if request_id in self._open:
             raise ValueError(f"request {request_id} is already open")
         for phase in phases:
-            if phase.steps < 1 or not _fits((phase,), self.n_gpus):
+            if phase.steps < 1 or not fits((phase,), self.n_gpus):
                 raise ValueError(f"request {request_id}: no GPU set can run its {phase.kind} phase")
-        self._open[request_id] = _Open(
+        self._open[request_id] = OpenRequest(
             request_id,
             now_s,
             deadline_s,
@@ -196,7 +94,7 @@ class RoundScheduler:
 
     def finished(self, seq: int, now_s: float) -> bool:
         """A step range was reported done. True when it was the last one of its request, which then leaves."""
-        assignment = self._retire(seq, now_s)
+        assignment = self._committed.retire(seq, now_s)
         done = False
         for request_id in assignment.request_ids:
             request = self._open.get(request_id)
@@ -216,7 +114,7 @@ class RoundScheduler:
 
         Ranges of the same request committed behind it must be reported aborted too; planning waits for that.
         """
-        assignment = self._retire(seq, now_s)
+        assignment = self._committed.retire(seq, now_s)
         for request_id in assignment.request_ids:
             request = self._open.get(request_id)
             if request is None:
@@ -240,14 +138,14 @@ class RoundScheduler:
             replace(p, step_s={d: s for d, s in p.step_s.items() if d > degree}) if p.kind == "denoise" else p
             for p in request.phases
         )
-        if not _fits(phases, n_gpus):
+        if not fits(phases, n_gpus):
             return False
         request.phases = phases
         return True
 
     def stranded(self, n_gpus: int) -> list[str]:
         """Requests that cannot run when only `n_gpus` GPUs are left; the caller ends and cancels them."""
-        return [request.id for request in self._open.values() if not _fits(request.phases, n_gpus)]
+        return [request.id for request in self._open.values() if not fits(request.phases, n_gpus)]
 
     def cancelled(self, request_id: str) -> bool:
         """Forget an open request; ranges already committed still run. False when it is not open."""
@@ -255,20 +153,19 @@ class RoundScheduler:
 
     def gpu_lost(self, gpu: int) -> None:
         """Take a GPU off the board. Its outstanding assignments must be reported aborted by the caller."""
-        self._free_at_s[gpu] = math.inf
+        self._committed.lose(gpu)
         for request in self._open.values():
             request.gpus = tuple(g for g in request.gpus if g != gpu)
 
     def gpu_back(self, gpu: int, now_s: float) -> None:
-        self._free_at_s[gpu] = now_s
-        self._last_seq[gpu] = -1
+        self._committed.regain(gpu, now_s)
 
     def expired(self, now_s: float) -> list[str]:
         """Requests with `drop_late` that can no longer be on time; the caller ends and cancels them."""
         return [
             request.id
             for request in self._open.values()
-            if request.drop_late and not request.outstanding and self._job(request).is_late(now_s)
+            if request.drop_late and not request.outstanding and request.job().is_late(now_s)
         ]
 
     def infeasible(self, snapshot: Snapshot, packing: Packing) -> list[str]:
@@ -296,19 +193,19 @@ class RoundScheduler:
         """Whether this is an instant of decision: any, or for policies with fixed rounds only a boundary
         (and any instant at which the whole cell is idle)."""
         at_boundary = now_s + self.lead_s >= self._boundary_s - EPSILON_S
-        return self.policy.replans_on_arrival or at_boundary or not self._running
+        return self.policy.replans_on_arrival or at_boundary or not self._committed
 
     def snapshot(self, now_s: float) -> Snapshot:
         """The board as the policy shall see it. Moves the round boundary on when `now_s` has reached it."""
         self._predict(now_s)
-        jobs = tuple(self._job(request) for request in self._open.values() if request.plannable)
+        jobs = tuple(request.job() for request in self._open.values() if request.plannable)
         round_s = self.round_s(jobs)
         if now_s + self.lead_s >= self._boundary_s - EPSILON_S:
-            self._boundary_s = max(now_s, self._boundary_s if self._running else now_s) + round_s
+            self._boundary_s = max(now_s, self._boundary_s if self._committed else now_s) + round_s
         return Snapshot(
             now_s=now_s,
             round_s=round_s,
-            free_at_s=tuple(self._free_at_s),
+            free_at_s=tuple(self._committed.free_at_s),
             jobs=jobs,
             next_boundary_s=self._boundary_s,
             expected=self._load.expected(now_s),
@@ -317,7 +214,7 @@ class RoundScheduler:
     def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
         """Commit the entries that start within the window, cut to whole steps that reach the boundary."""
         self._predict(now_s)
-        self._note_ends(snapshot, packing)
+        self._predictions.note(snapshot, packing)
         for request in self._open.values():
             request.set_aside = request.id in packing.set_aside
         window_s = max(snapshot.now_s, now_s) + self.lead_s + EPSILON_S
@@ -354,7 +251,7 @@ class RoundScheduler:
             return math.inf
         instants = [self._boundary_s - self.lead_s]
         if self.policy.replans_on_arrival:
-            instants += [free_at - self.lead_s for free_at in self._free_at_s]
+            instants += [free_at - self.lead_s for free_at in self._committed.free_at_s]
         ahead = [t for t in instants if now_s + EPSILON_S < t < math.inf]
         # an overdue boundary (only reports can free a GPU now) is looked at again one round later
         return min(ahead, default=now_s + self.round_s(()))
@@ -376,97 +273,27 @@ class RoundScheduler:
     @property
     def running(self) -> list[Assignment]:
         """Assignments committed and not yet reported, in plan order."""
-        return [self._running[seq] for seq in sorted(self._running)]
+        return self._committed.running
 
     def expected(self, now_s: float) -> list[tuple[Assignment, float, float]]:
-        """The running assignments in plan order, each with the start and the end that can be expected now.
-
-        A range begins when the ranges before it, on its GPUs and of its requests, have been reported; all that
-        waits behind moves with it, on all its GPUs alike.
-        """
-        gpu_end_s: dict[int, float] = {}
-        request_end_s: dict[str, float] = {}
-        expected = []
-        for assignment in self.running:
-            before = [gpu_end_s[gpu] for gpu in assignment.gpus if gpu in gpu_end_s]
-            before += [request_end_s[i] for i in assignment.request_ids if i in request_end_s]
-            start_s = max(before) if before else self._began_s.setdefault(assignment.seq, now_s)
-            end_s = max(now_s, start_s + assignment.end_s - assignment.start_s)
-            gpu_end_s.update(dict.fromkeys(assignment.gpus, end_s))
-            request_end_s.update(dict.fromkeys(assignment.request_ids, end_s))
-            expected.append((assignment, start_s, end_s))
-        return expected
+        """`Committed.expected`."""
+        return self._committed.expected(now_s)
 
     def predicted_drain_s(self, now_s: float) -> float:
-        """Seconds until the open requests are done if all GPUs share them at their cheapest degree."""
-        alive = [free for free in self._free_at_s if free < math.inf] or [math.inf]
-        busy = sum(max(0.0, free - now_s) for free in alive)
-        work = sum(
-            phase.steps * min(degree * t for degree, t in phase.step_s.items())
-            for request in self._open.values()
-            for phase in request.remaining()
-        )
-        return (busy + work) / len(alive)
+        """`Predictions.drain_s`."""
+        return self._predictions.drain_s(now_s)
 
     def predicted_finish_s(self, request_id: str, now_s: float) -> float:
-        """When a request will be done, by what was known at the last decision: no promise, for what arrives later is
-        not in it. `math.inf` when nobody can say: it is not open, or no GPU is there.
-
-        Its end in the last packing, where that reaches it; else (set aside, or planned only in part) when all that
-        is open will be done. Never before the rest of its steps at their fastest could end.
-        """
-        request = self._open.get(request_id)
-        if request is None:
-            return math.inf
-        remaining = request.remaining()
-        earliest_s = max(now_s, request.ready_s) + sum(p.steps * p.fastest_step_s for p in remaining)
-        if not remaining:
-            return earliest_s
-        if request.planned_end_s is not None:
-            return max(earliest_s, request.planned_end_s)
-        if self._drained_s is None:
-            self._drained_s = now_s + self.predicted_drain_s(now_s)
-        return max(earliest_s, self._drained_s)
+        """`Predictions.finish_s`."""
+        return self._predictions.finish_s(request_id, now_s)
 
     # ---- inside -------------------------------------------------------------------------------------------
 
-    def _job(self, request: _Open) -> Job:
-        return Job(
-            id=request.id,
-            arrival_s=request.arrival_s,
-            deadline_s=request.deadline_s,
-            ready_s=request.ready_s,
-            phases=request.remaining(),
-            gpus=request.gpus,
-            set_aside=request.set_aside,
-            priority=request.priority,
-            slo_s=request.deadline_s - request.arrival_s,
-            client=request.client,
-        )
-
-    def _note_ends(self, snapshot: Snapshot, packing: Packing) -> None:
-        """Keep what a packing says of ends, for `predicted_finish_s`."""
-        self._drained_s = None
-        steps: Counter[str] = Counter()
-        end_s: dict[str, float] = {}
-        for entry in packing.entries:
-            steps[entry.job_id] += entry.steps
-            end_s[entry.job_id] = max(entry.end_s, end_s.get(entry.job_id, -math.inf))
-        for job in snapshot.jobs:
-            request = self._open.get(job.id)
-            if request is not None:
-                complete = steps[job.id] >= sum(phase.steps for phase in job.phases)
-                request.planned_end_s = end_s[job.id] if complete else None
-
     def _predict(self, now_s: float) -> None:
-        """Bring `free_at_s` of the GPUs and `ready_s` of the requests up to date with what is known now."""
-        for assignment, _, end_s in self.expected(now_s):  # the last one of a GPU or a request counts
-            for gpu in assignment.gpus:
-                if self._free_at_s[gpu] < math.inf:
-                    self._free_at_s[gpu] = end_s
-            for request_id in assignment.request_ids:
-                if request_id in self._open:
-                    self._open[request_id].ready_s = end_s
+        """Bring the GPUs' `free_at_s` and the requests' `ready_s` up to date with what is known now."""
+        for request_id, ready_s in self._committed.update(now_s).items():
+            if request_id in self._open:
+                self._open[request_id].ready_s = ready_s
 
     def _commit_entry(self, entry: Entry, now_s: float) -> Assignment | None:
         request = self._open.get(entry.job_id)
@@ -476,10 +303,9 @@ class RoundScheduler:
         seconds = phase.step_s.get(entry.degree)
         if phase.kind != entry.kind or seconds is None:
             return None
-        full = any(len(self._queue[gpu]) >= QUEUE_DEPTH for gpu in entry.gpus)
-        if full or any(self._free_at_s[gpu] == math.inf for gpu in entry.gpus):
+        if not self._committed.takes(entry.gpus):
             return None
-        start_s = max(now_s, request.ready_s, *(self._free_at_s[gpu] for gpu in entry.gpus))
+        start_s = max(now_s, request.ready_s, *(self._committed.free_at_s[gpu] for gpu in entry.gpus))
         # a range that starts in a later round reaches for that round's boundary
         ahead_s = self._boundary_s - start_s
         if ahead_s <= EPSILON_S:
@@ -496,25 +322,14 @@ class RoundScheduler:
             steps=steps,
             start_s=start_s,
             end_s=end_s,
-            after=tuple(self._last_seq[gpu] for gpu in entry.gpus),
+            after=self._committed.last_seqs(entry.gpus),
             others=len(self._open) - 1,
+            component=phase.component,
         )
         self._seq += 1
-        self._running[assignment.seq] = assignment
-        for gpu in entry.gpus:
-            self._queue[gpu].append(assignment.seq)
-            self._last_seq[gpu] = assignment.seq
+        self._committed.add(assignment)
         request.committed += steps
         request.gpus = entry.gpus
         request.outstanding.append(assignment.seq)
         self._predict(now_s)
-        return assignment
-
-    def _retire(self, seq: int, now_s: float) -> Assignment:
-        assignment = self._running.pop(seq)
-        self._began_s.pop(seq, None)
-        for gpu in assignment.gpus:
-            self._queue[gpu].remove(seq)
-            if self._free_at_s[gpu] < math.inf:
-                self._free_at_s[gpu] = now_s
         return assignment

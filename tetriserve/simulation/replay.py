@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from tetriserve.chain import component_of
 from tetriserve.client import CONNECT_TIMEOUT_S, ServerError, key_headers
 from tetriserve.simulation.result import Executed, Outcome
 from tetriserve.simulation.trace import TraceRequest
@@ -64,7 +65,7 @@ async def _replay(url: str, trace: Sequence[TraceRequest], on_settled: Callable[
             else:
                 if response.status_code == 200:
                     finish_s = time.monotonic() - start_s
-                    done.schedule += _executed(request.id, answer["metrics"], start_unix_s)
+                    done.schedule += _executed(request.id, answer, start_unix_s)
                 elif answer["error"]["code"] != "deadline_infeasible":
                     done.errors.append(f"{request.id}: {answer['error']['message']}")
             on_settled()
@@ -94,7 +95,7 @@ def _body(request: TraceRequest) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _executed(request_id: str, metrics: dict[str, Any], start_unix_s: float) -> list[Executed]:
+def _executed(request_id: str, answer: dict[str, Any], start_unix_s: float) -> list[Executed]:
     return [
         Executed(
             start_s=part["start_s"] - start_unix_s,
@@ -103,8 +104,9 @@ def _executed(request_id: str, metrics: dict[str, Any], start_unix_s: float) -> 
             request_ids=(request_id,),
             steps=part["steps"],
             kind=part["kind"],
+            component=component_of(answer["model"], part["kind"]),
         )
-        for part in metrics["schedule"]
+        for part in answer["metrics"]["schedule"]
     ]
 
 

@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 
 from tetriserve.errors import ConfigError
-from tetriserve.request import Shape
-
-MET_SLACK_S = 1e-6
-"""Sums of step times are off by rounding; so little behind its deadline a request counts as on time."""
+from tetriserve.request import MET_SLACK_S, Shape
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class Executed:
     request_ids: tuple[str, ...]
     steps: int
     kind: str
+    component: str = ""
 
 
 def result_of(

@@ -20,7 +20,8 @@ from solver.policies import make_policy
 from solver.problem import Phase, Policy
 from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.profile import Profile
-from tetriserve.scheduler.rounds import EPSILON_S, Assignment, RoundScheduler
+from tetriserve.scheduler.assignment import Assignment
+from tetriserve.scheduler.rounds import EPSILON_S, RoundScheduler
 from tetriserve.simulation.result import Executed, Outcome, percentile
 from tetriserve.simulation.trace import TraceRequest
 
@@ -115,7 +116,13 @@ class _Machine:
             self._last_gpus[request_id] = assignment.gpus
         end_s = now_s + seconds
         entry = Executed(
-            now_s, end_s, assignment.gpus, assignment.request_ids, assignment.steps, assignment.kind
+            now_s,
+            end_s,
+            assignment.gpus,
+            assignment.request_ids,
+            assignment.steps,
+            assignment.kind,
+            assignment.component,
         )
         heapq.heappush(self._running, (end_s, assignment.seq, entry))
         return entry

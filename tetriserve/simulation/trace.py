@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from solver.problem import Phase
+from tetriserve.chain import chain_of
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
@@ -56,7 +57,7 @@ class TraceRequest:
         return math.inf if self.slo_s is None else self.arrival_s + self.slo_s
 
     def chain(self, profile: Profile, n_gpus: int) -> tuple[Phase, ...]:
-        """The phases to run on `n_gpus` GPUs; encode and decode only where the profile has them.
+        """The phases to run on `n_gpus` GPUs; encode and decode only where they take time.
 
         Raises ConfigError for a shape above the largest of the profile (below the smallest, its times are an
         upper limit) and for one that has no degree on so few GPUs.
@@ -66,15 +67,10 @@ class TraceRequest:
             raise ConfigError(
                 f"request {self.id}: shape {self.shape} is outside the profile, which ends at {largest}"
             )
-        step_s = {degree: t for degree, t in profile.step_s(self.shape).items() if degree <= n_gpus}
-        if not step_s:
+        chain = chain_of(profile, self.shape, self.num_inference_steps, range(1, n_gpus + 1))
+        if not all(phase.step_s for phase in chain):
             raise ConfigError(f"request {self.id}: no degree for {self.shape} fits on {n_gpus} GPUs")
-        phases = [Phase("denoise", self.num_inference_steps, step_s)]
-        if profile.encode_seconds:
-            phases.insert(0, Phase("encode", 1, {1: profile.encode_s(self.shape)}))
-        if profile.decode_seconds:
-            phases.append(Phase("decode", 1, {1: profile.decode_s(self.shape)}))
-        return tuple(phases)
+        return tuple(phase for phase in chain if phase.kind == "denoise" or phase.step_s[1] > 0)
 
 
 def write_trace(path: str | Path, requests: Iterable[TraceRequest]) -> None:

@@ -21,7 +21,7 @@ from tetriserve.request import Shape
 from tetriserve.simulation.trace import MAX_LINE_CHARS, TraceRequest, read_trace, write_trace
 from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
-PROFILES = Path(__file__).parent.parent / "bench" / "profiles"
+PROFILES = Path(__file__).parents[2] / "bench" / "profiles"
 GOOD: dict[str, Any] = {
     "id": "r0",
     "arrival_s": 0.0,

@@ -18,7 +18,7 @@ from model_folders import tiny_flux
 from ray import cloudpickle
 from ray.util.placement_group import PlacementGroup
 
-from deployments.cell.cell import fleet
+from deployments.cell import fleet
 from deployments.cell.replica import GPUReplica
 from deployments.cell.scheduler import Scheduler
 from deployments.config import AppArgs, ProfileArgs
@@ -55,7 +55,7 @@ class FailingReplica(GPUReplica):
         marker = Path(self._args.model.path) / "was-unlucky"
 
         def greedy_step(state: Any) -> torch.Tensor:
-            group = adapter.sequence_parallel._group
+            group = adapter.group
             degree = 1 if group is None else group.degree
             prompt = state.request.prompt
             fails_alone = prompt == "too large for one" and degree == 1
@@ -152,7 +152,9 @@ def test_out_of_memory_ends_or_widens_its_request_only(args: AppArgs, group: Pla
         status = await scheduler.status()
         assert (status.gpus_ready, status.open_requests) == (2, 0)
         for _ in range(100):
-            held = await asyncio.gather(*(scheduler._fleet[gpu].still_held.remote() for gpu in range(2)))
+            held = await asyncio.gather(
+                *(scheduler._state.fleet[gpu].still_held.remote() for gpu in range(2))
+            )
             if held == [[], []]:
                 break
             await asyncio.sleep(0.05)
@@ -180,7 +182,7 @@ def test_an_error_of_a_library_ends_its_request_and_not_the_replica(
             ):
                 await scheduler.generate(request("not supported", seed), "call")
         assert isinstance(await scheduler.generate(request("small", 0), "call"), GenerateResult)
-        assert scheduler._recovery.lost == set()
+        assert scheduler._state.lost == set()
         assert all(len(losses) == 0 for losses in scheduler._recovery._losses.values())
 
     asyncio.run(run())
@@ -239,7 +241,7 @@ def test_small_pictures_do_not_stay_in_the_memory_of_the_scheduler(
     args: AppArgs, group: PlacementGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are sent inside of messages, and the last to let go of them is the ingress."""
-    monkeypatch.setattr("deployments.cell.scheduler.HAND_OVER_S", 1.0)
+    monkeypatch.setattr("deployments.cell.requests.HAND_OVER_S", 1.0)
 
     @ray.remote(num_cpus=0)
     class Reader:

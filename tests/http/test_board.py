@@ -232,13 +232,15 @@ def test_the_scheduler_says_what_it_committed_and_how_its_gpus_are() -> None:
         scheduler = Scheduler(AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}}), None)  # type: ignore[arg-type]
         starting = await scheduler.board(10, None)
         assert starting["gpus"] == ["lost", "lost"] and starting["ranges"] == []
-        scheduler._failure, scheduler._info = "", INFO
-        scheduler._profile = LiveProfile(Profile("m", "d", "made up", (1, 2), {SMALL: {1: 0.5, 2: 0.3}}))
-        scheduler._rounds = RoundScheduler(Wide(), 2)
-        scheduler._recovery.lost = {1}
+        scheduler._state.failure, scheduler._state.info = "", INFO
+        scheduler._state.profile = LiveProfile(
+            Profile("m", "d", "made up", (1, 2), {SMALL: {1: 0.5, 2: 0.3}})
+        )
+        scheduler._state.rounds = RoundScheduler(Wide(), 2)
+        scheduler._state.lost = {1}
         request = GenerateRequest("a cat", 256, 256, 4, seed=0, request_id="r", slo_s=60.0)
-        scheduler._join(request, "call")
-        scheduler._rounds.plan(time.monotonic())
+        scheduler._requests.join(request, "call")
+        scheduler._state.rounds.plan(time.monotonic())
         board = await scheduler.board(30, None)
         assert board["gpus"] == ["ready", "lost"]
         (row,) = board["requests"]

@@ -15,7 +15,7 @@ import pytest
 
 from tetriserve.profile import Profile
 
-GPU_BENCH = Path(__file__).parents[1] / "bench" / "gpu"
+GPU_BENCH = Path(__file__).parents[2] / "bench" / "gpu"
 
 
 def run(script: str, *arguments: str) -> str:

@@ -17,8 +17,8 @@ from model_folders import tiny_flux, tiny_sd3
 from replica_pool import ReplicaPool
 
 from tetriserve.engine.adapter import ModelLimits, picture
-from tetriserve.engine.attention import attention_kernel
 from tetriserve.engine.engine import is_out_of_memory
+from tetriserve.engine.kernels import attention_kernel
 from tetriserve.errors import ConfigError
 from tetriserve.models.load import load_model
 from tetriserve.request import GenerateRequest, Shape

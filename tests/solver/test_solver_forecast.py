@@ -18,7 +18,7 @@ from tetriserve.scheduler.load import WINDOW_S, RecentLoad
 from tetriserve.simulation.simulate import simulate
 from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
-L20 = Path(__file__).parents[1] / "bench" / "profiles" / "flux_l20.yaml"
+L20 = Path(__file__).parents[2] / "bench" / "profiles" / "flux_l20.yaml"
 LARGE = {1: 4.0, 2: 2.4, 4: 1.3}
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 from deployments.cell.entries import Entry
 from tetriserve.request import GenerateRequest, PlannedWith
-from tetriserve.scheduler.rounds import Assignment
+from tetriserve.scheduler.assignment import Assignment
 
 
 def entry() -> Entry:

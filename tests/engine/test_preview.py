@@ -13,9 +13,9 @@ from model_folders import tiny_flux, tiny_sd3
 
 from tetriserve.engine import preview
 from tetriserve.engine.adapter import ModelLimits
-from tetriserve.engine.attention import attention_kernel
 from tetriserve.engine.engine import Engine
 from tetriserve.engine.groups import GroupTable
+from tetriserve.engine.kernels import attention_kernel
 from tetriserve.models.load import load_model
 from tetriserve.request import GenerateRequest
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
 policy_report, suite = importlib.import_module("policy_report"), importlib.import_module("suite")
 
 CELL = suite.Cell("small", "flux_l20", "uniform", 6)

@@ -15,7 +15,7 @@ from tetriserve.profile import Profile
 from tetriserve.simulation.trace import TraceRequest, write_trace
 from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
-PROFILES = Path(__file__).parent.parent / "bench" / "profiles"
+PROFILES = Path(__file__).parents[2] / "bench" / "profiles"
 ONE = {1: 1.0}
 
 

@@ -23,8 +23,9 @@ from tetriserve.engine.report import Report
 from tetriserve.errors import NotReady, Overloaded
 from tetriserve.profile import Profile
 from tetriserve.request import GenerateRequest, ModelInfo, Progress, Shape
+from tetriserve.scheduler.assignment import Assignment
 from tetriserve.scheduler.live_profile import LiveProfile
-from tetriserve.scheduler.rounds import Assignment, RoundScheduler
+from tetriserve.scheduler.rounds import RoundScheduler
 
 ARGS = AppArgs.parse({"cell": {"gpus": 2, "device": "cpu"}})
 
@@ -91,9 +92,9 @@ def ready(**settings: Any) -> Scheduler:
     """A cell with one client's key that admits and never plans."""
     args = {"cell": {"gpus": 2, "device": "cpu"}, "http": {"api_keys_env": "X"}, "scheduler": settings}
     scheduler = Scheduler(AppArgs.parse(args), None)  # type: ignore[arg-type]
-    scheduler._failure, scheduler._info = "", INFO
-    scheduler._profile = LiveProfile(Profile("m", "d", "made up", (1,), {Shape(256, 256): {1: 0.5}}))
-    scheduler._rounds = RoundScheduler(Hanging(), 2)
+    scheduler._state.failure, scheduler._state.info = "", INFO
+    scheduler._state.profile = LiveProfile(Profile("m", "d", "made up", (1,), {Shape(256, 256): {1: 0.5}}))
+    scheduler._state.rounds = RoundScheduler(Hanging(), 2)
     return scheduler
 
 
@@ -105,7 +106,7 @@ def test_the_flood_of_a_client_is_refused_and_the_next_client_is_not() -> None:
         def ask(client: str | None, **more: Any) -> None:
             identity = f"r{next(numbers)}"
             request = GenerateRequest("a", 256, 256, 4, seed=0, request_id=identity, client=client, **more)
-            scheduler._join(request, "call")
+            scheduler._requests.join(request, "call")
 
         for _ in range(14):
             ask("a")
@@ -125,7 +126,7 @@ def test_the_flood_of_a_client_is_refused_and_the_next_client_is_not() -> None:
             ask(client)
         with pytest.raises(Overloaded, match="2 requests of this client are open, allowed are 2"):
             ask("a")
-        assert await scheduler.cancel(next(iter(scheduler._named)), "call")
+        assert await scheduler.cancel(next(iter(scheduler._requests.named)), "call")
         ask("a")
 
     asyncio.run(run())
@@ -138,8 +139,9 @@ def test_what_is_too_late_is_dropped_as_the_request_or_else_the_cell_wants(defau
         for asked in (None, False, True):
             name = f"asked {asked}"
             request = GenerateRequest("a", 256, 256, 4, seed=0, slo_s=1.0, drop_late=asked, request_id=name)
-            scheduler._join(request, "call")
-        dropped = {scheduler._entries[i].name for i in scheduler._rounds.expired(time.monotonic() + 60)}
+            scheduler._requests.join(request, "call")
+        expired = scheduler._state.rounds.expired(time.monotonic() + 60)
+        dropped = {scheduler._requests.entries[identity].name for identity in expired}
         assert dropped == {"asked True"} | ({"asked None"} if default else set())
 
     asyncio.run(run())
@@ -163,11 +165,11 @@ def test_a_request_has_two_lines_in_the_log_and_its_prompt_is_in_none(
     async def run() -> None:
         scheduler = ready()
         asked = GenerateRequest("a secret circle", 256, 512, 8, seed=0, request_id="a", slo_s=5.0)
-        entry = scheduler._join(asked, "call")
-        assert scheduler._join(replace(asked, repeatable=True, request_id="b"), "one")
+        entry = scheduler._requests.join(asked, "call")
+        assert scheduler._requests.join(replace(asked, repeatable=True, request_id="b"), "one")
         part = Assignment(0, (entry.id,), "denoise", (0,), 0, 8, 0.0, 1.0, (-1,))
         entry.record(part, [Report(0.0, 1.0, 0.0, 0)])
-        scheduler._end(entry, entry.finish("picture", entry.arrival_s + 5.5, "m"))
+        scheduler._requests.end(entry, entry.finish("picture", entry.arrival_s + 5.5, "m"))
         await scheduler.cancel("b", "one")
 
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
@@ -191,7 +193,7 @@ def test_a_stream_begins_with_the_first_plan_and_skips_what_its_reader_was_too_s
         items = scheduler.stream(request, "call")
         first = asyncio.ensure_future(anext(items))
         await asyncio.sleep(0.01)
-        (entry,) = scheduler._entries.values()
+        (entry,) = scheduler._requests.entries.values()
         entry.predict(math.inf)  # a plan without a GPU
         await asyncio.sleep(0.01)
         assert not first.done()
@@ -217,7 +219,7 @@ def test_a_stream_begins_with_the_first_plan_and_skips_what_its_reader_was_too_s
         assert item.steps_done == 5 and item.preview[0, 0, 0] == 80
         result = entry.finish("picture", entry.arrival_s + 5.0, "m")
         assert result.metrics.predicted_s == pytest.approx(4.0)
-        scheduler._end(entry, result)
+        scheduler._requests.end(entry, result)
         assert [item async for item in items] == [result]
 
     asyncio.run(run())

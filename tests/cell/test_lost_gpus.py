@@ -20,7 +20,7 @@ import yaml
 from model_folders import tiny_flux
 from ray import cloudpickle
 
-from deployments.cell.cell import fleet
+from deployments.cell import fleet
 from deployments.cell.replica import THREADS, GPUReplica
 from deployments.cell.scheduler import Scheduler
 from deployments.config import AppArgs
@@ -43,7 +43,7 @@ class SlowReplica(GPUReplica):
 
         def slow_step(state: Any) -> torch.Tensor:
             time.sleep(STEP_S)
-            group = adapter.sequence_parallel._group
+            group = adapter.group
             if state.request.prompt == "too large for two" and group is not None and group.degree == 2:
                 torch.empty(1 << 60)
             if state.request.prompt == "not on GPU 1" and self._gpu == 1:
@@ -148,12 +148,12 @@ def start(scheduler: Scheduler, prompt: str, seed: int) -> asyncio.Task[Generate
 
 
 async def kill(scheduler: Scheduler, gpu: int) -> None:
-    os.kill(await scheduler._fleet[gpu].pid.remote(), signal.SIGKILL)
-    await until(lambda: gpu in scheduler._recovery.lost)
+    os.kill(await scheduler._state.fleet[gpu].pid.remote(), signal.SIGKILL)
+    await until(lambda: gpu in scheduler._state.lost)
 
 
 def works_on(scheduler: Scheduler, gpus: tuple[int, ...]) -> Callable[[], bool]:
-    return lambda: any(a.gpus == gpus and a.kind == "denoise" for a in scheduler._rounds.running)
+    return lambda: any(a.gpus == gpus and a.kind == "denoise" for a in scheduler._state.rounds.running)
 
 
 def check(results: list[GenerateResult], victims: set[int]) -> None:
@@ -181,9 +181,9 @@ def test_four_gpus_any_dies_and_the_rest_build_a_group_that_was_not_there(root: 
                 await kill(scheduler, victim)
                 answers = [start(scheduler, f"without {victim}", seed) for seed in range(3)]
                 await until(works_on(scheduler, others))
-                assert victim in scheduler._recovery.lost, "it came back too soon to show anything"
+                assert victim in scheduler._state.lost, "it came back too soon to show anything"
                 check(list(await asyncio.gather(*answers)), set())
-                await until(lambda: not scheduler._recovery.lost)
+                await until(lambda: not scheduler._state.lost)
             answers = [start(scheduler, "killed", seed) for seed in range(3)]
             await until(works_on(scheduler, (0, 1, 2)))
             await kill(scheduler, 1)
@@ -198,13 +198,11 @@ def test_three_gpus_a_torn_group_is_built_anew_while_the_third_is_dead(root: Pat
     async def run() -> None:
         async with cell(root, 3, {1: 10 * STEP_S, 2: STEP_S, 3: STEP_S}) as scheduler:
             await kill(scheduler, 2)
-            await until(lambda: not scheduler._recovery.lost)
+            await until(lambda: not scheduler._state.lost)
             await kill(scheduler, 2)
             large = start(scheduler, "too large for two", 0)
-            await until(
-                lambda: len(scheduler._entries) == 1 and bool(next(iter(scheduler._entries.values())).lost)
-            )
-            assert scheduler._recovery.lost == {2}, "it came back too soon to show anything"
+            await until(lambda: any(entry.lost for entry in scheduler._requests.entries.values()))
+            assert scheduler._state.lost == {2}, "it came back too soon to show anything"
             others = [start(scheduler, "small", seed) for seed in range(3)]
             await until(works_on(scheduler, (0, 1)))
             check(list(await asyncio.gather(*others)), {2})
@@ -216,11 +214,11 @@ def test_three_gpus_a_torn_group_is_built_anew_while_the_third_is_dead(root: Pat
 def test_the_member_that_failed_is_heard_not_the_ones_that_waited_for_it(root: Path) -> None:
     async def run() -> None:
         async with cell(root, 2, {1: 10 * STEP_S, 2: STEP_S}) as scheduler:
-            pids = [await scheduler._fleet[gpu].pid.remote() for gpu in range(2)]
+            pids = [await scheduler._state.fleet[gpu].pid.remote() for gpu in range(2)]
             with pytest.raises(GenerationFailed, match="ValueError: GPU 1 does not like it"):
                 await start(scheduler, "not on GPU 1", 0)
             check([await start(scheduler, "another", 0)], set())
-            assert pids == [await scheduler._fleet[gpu].pid.remote() for gpu in range(2)]
+            assert pids == [await scheduler._state.fleet[gpu].pid.remote() for gpu in range(2)]
 
     asyncio.run(run())
 
@@ -228,10 +226,10 @@ def test_the_member_that_failed_is_heard_not_the_ones_that_waited_for_it(root: P
 def test_a_replica_answers_however_many_calls_wait_for_its_engine(root: Path, tmp_path: Path) -> None:
     async def run() -> None:
         async with cell(root, 2, {1: STEP_S, 2: STEP_S}) as scheduler:
-            replica, over = scheduler._fleet[0], tmp_path / "over"
+            replica, over = scheduler._state.fleet[0], tmp_path / "over"
             standing = [replica.occupy.remote(over) for _ in range(2 * THREADS)]
             freed = [replica.release.remote(f"request {number}") for number in range(31)]
-            assert await scheduler._fleet.silent([0]) == set()
+            assert await scheduler._state.fleet.silent([0]) == set()
             await asyncio.wait_for(asyncio.gather(*freed), 10)
             await asyncio.wait_for(replica.leave.remote((0, 1), 7), 10)
             over.touch()

@@ -124,7 +124,7 @@ def test_metrics_need_a_key_where_keys_are_configured(monkeypatch: pytest.Monkey
 
 
 def test_the_dashboard_asks_for_every_metric_and_for_no_other() -> None:
-    dashboard = json.loads((Path(__file__).parents[1] / "docs" / "grafana.json").read_text())
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
     asked = set(re.findall(r"tetriserve_\w+", json.dumps(dashboard["panels"])))
     known = {family.name for family in meters(1.0)}
     stems = {name: re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked}

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from solver.policies import make_policy
 from solver.problem import Entry, Packing, Phase, Snapshot
-from tetriserve.scheduler.rounds import QUEUE_DEPTH, Assignment, RoundScheduler
+from tetriserve.scheduler.assignment import Assignment
+from tetriserve.scheduler.committed import QUEUE_DEPTH
+from tetriserve.scheduler.rounds import RoundScheduler
 
 N_GPUS = 4
 STEP_S = {1: 0.4, 2: 0.25, 4: 0.15}

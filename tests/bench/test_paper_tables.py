@@ -13,7 +13,7 @@ from solver.problem import Job, Phase, Snapshot
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))
 exhaustive = importlib.import_module("exhaustive")
 Block, Exhaustive = exhaustive.Block, exhaustive.Exhaustive

@@ -31,7 +31,7 @@ from tetriserve.models.embedded.grammar import (
 from tetriserve.models.embedded.train import load_vae, restore, transformer_trainer
 from tetriserve.models.embedded.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 from adherence import complaints  # noqa: E402
 

@@ -18,7 +18,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from ray.exceptions import ActorDiedError
 
-from deployments.http.routes import events
+from deployments.http import events
 from tetriserve import errors
 from tetriserve.request import GenerateRequest, GenerateResult, Progress
 

@@ -24,7 +24,7 @@ from tetriserve.simulation.timeline import timeline
 from tetriserve.simulation.trace import TraceRequest, write_trace
 from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
 
-PROFILES = Path(__file__).parent.parent / "bench" / "profiles"
+PROFILES = Path(__file__).parents[2] / "bench" / "profiles"
 H100 = PROFILES / "flux_h100_derived.yaml"
 PATIENT_S = 10.0
 """Planning limit that nothing here reaches, so that outcomes do not depend on the machine's speed."""
@@ -212,7 +212,8 @@ def test_result_has_exactly_the_keys_of_the_contract() -> None:
     assert set(result["summary"]["by_shape"]) == {"256x256", "2048x2048"}
     assert all(set(row) == {"id", "arrival_s", "finish_s", "slo_s", "met"} for row in result["requests"])
     assert all(
-        set(row) == {"start_s", "end_s", "gpus", "request_ids", "steps", "kind"} for row in result["schedule"]
+        set(row) == {"start_s", "end_s", "gpus", "request_ids", "steps", "kind", "component"}
+        for row in result["schedule"]
     )
     met = sum(row["met"] for row in result["requests"])
     assert result["summary"]["slo_attainment"] == met / 12

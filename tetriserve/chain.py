@@ -1,0 +1,52 @@
+"""What a request consists of: the chain of its phases, what each needs and what it costs.
+
+Written once, for the server, the simulator, `explain` and the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from solver.problem import Phase
+from tetriserve.request import Shape
+
+STAGES: Mapping[str, str] = {"encode": "encoder", "denoise": "transformer", "decode": "vae"}
+"""By kind of phase, the stage of its model that it runs on."""
+
+
+class Times(Protocol):
+    """A profile, or one that follows what is measured."""
+
+    @property
+    def model(self) -> str: ...
+
+    def step_s(self, shape: Shape) -> dict[int, float]:
+        """Seconds of one denoising step by degree."""
+
+    def encode_s(self, shape: Shape) -> float: ...
+
+    def decode_s(self, shape: Shape) -> float: ...
+
+
+def component_of(model: str, kind: str) -> str:
+    """What a GPU must hold to run a phase of that kind: "MODEL/STAGE"."""
+    return f"{model}/{STAGES[kind]}"
+
+
+def chain_of(
+    times: Times, shape: Shape, steps: int, degrees: Collection[int], *, cost: float = 1.0
+) -> tuple[Phase, ...]:
+    """encode -> denoise -> decode.
+
+    Args:
+        degrees: those that the denoising steps of this shape may run at; the profile may know fewer.
+        cost: of a step, in steps of the profile (guidance evaluates the model twice).
+    """
+    step_s = {degree: cost * t for degree, t in times.step_s(shape).items() if degree in degrees}
+    rows = (
+        ("encode", 1, {1: times.encode_s(shape)}),
+        ("denoise", steps, step_s),
+        ("decode", 1, {1: times.decode_s(shape)}),
+    )
+    return tuple(Phase(kind, n, table, component_of(times.model, kind)) for kind, n, table in rows)

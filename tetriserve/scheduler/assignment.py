@@ -1,0 +1,124 @@
+"""What the brain keeps: open requests, and the ranges of their steps that it has committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from solver.problem import Job, Phase
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A committed step range.
+
+    Attributes:
+        seq: global plan order; every GPU executes its assignments in increasing `seq`.
+        request_ids: the requests of one step batch (one request until step batching exists).
+        first_step: index of the first denoising step; 0 for encode and decode.
+        start_s, end_s: predicted, on the caller's clock.
+        after: for each GPU of `gpus`, the `seq` of the assignment before this one there, -1 for none.
+        others: how many other requests were open.
+        component: what its GPUs hold to run it.
+    """
+
+    seq: int
+    request_ids: tuple[str, ...]
+    kind: str
+    gpus: tuple[int, ...]
+    first_step: int
+    steps: int
+    start_s: float
+    end_s: float
+    after: tuple[int, ...]
+    others: int = 0
+    component: str = ""
+
+    def __str__(self) -> str:
+        return f"range {self.seq}, {self.steps} steps of {self.kind} on GPUs {', '.join(map(str, self.gpus))}"
+
+    @property
+    def degree(self) -> int:
+        return len(self.gpus)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What one decision committed, in plan order."""
+
+    assignments: tuple[Assignment, ...]
+    boundary_s: float
+
+
+@dataclass
+class OpenRequest:
+    """An open request: its chain of phases and how far it is committed and confirmed, in whole steps.
+
+    `planned_end_s` is its end in the last packing, None when that did not reach it.
+    """
+
+    id: str
+    arrival_s: float
+    deadline_s: float
+    phases: tuple[Phase, ...]
+    priority: int
+    drop_late: bool
+    reject_infeasible: bool
+    client: str | None = None
+    committed: int = 0
+    confirmed: int = 0
+    ready_s: float = 0.0
+    gpus: tuple[int, ...] = ()
+    set_aside: bool = False
+    outstanding: list[int] = field(default_factory=list)
+    aborting: bool = False
+    planned_end_s: float | None = None
+
+    @property
+    def plannable(self) -> bool:
+        """Has steps to commit, and no range in flight that is bound to fail with an earlier one."""
+        return self.committed < self.total and not self.aborting
+
+    @property
+    def total(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def remaining(self) -> tuple[Phase, ...]:
+        """Phases not yet committed."""
+        skip, left = self.committed, []
+        for phase in self.phases:
+            if skip >= phase.steps:
+                skip -= phase.steps
+                continue
+            left.append(replace(phase, steps=phase.steps - skip))
+            skip = 0
+        return tuple(left)
+
+    def first_step(self) -> int:
+        """Index of the next uncommitted step within its own phase."""
+        skip = self.committed
+        for phase in self.phases:
+            if skip < phase.steps:
+                return skip
+            skip -= phase.steps
+        return 0
+
+    def job(self) -> Job:
+        """As a policy sees it."""
+        return Job(
+            id=self.id,
+            arrival_s=self.arrival_s,
+            deadline_s=self.deadline_s,
+            ready_s=self.ready_s,
+            phases=self.remaining(),
+            gpus=self.gpus,
+            set_aside=self.set_aside,
+            priority=self.priority,
+            slo_s=self.deadline_s - self.arrival_s,
+            client=self.client,
+        )
+
+
+def fits(phases: Iterable[Phase], n_gpus: int) -> bool:
+    """Whether each has a degree for so many GPUs."""
+    return all(any(degree <= n_gpus for degree in phase.step_s) for phase in phases)
