@@ -27,9 +27,6 @@ Measured = Callable[[Shape, int, float], None]
 """Told of every measurement: shape, degree, seconds of a step."""
 
 
-LOAD_TRIES = 3
-"""A replica that dies or hangs while the cell starts is started again, so often at most."""
-
 FIRST_REHEARSAL = -(1 << 30)
 """Ranges that no plan has sent are numbered from here: warming and measuring, all before the first planned one."""
 
@@ -86,17 +83,43 @@ class Fleet:
         answer.add_done_callback(heard)
 
     async def start(self) -> None:
-        """Load the model everywhere and warm the groups of all sets. Raises `ConfigError`."""
+        """Load the model everywhere and warm the groups of all sets.
+
+        A replica that dies or hangs meanwhile is started again, at most `cell.max_losses` times. Raises
+        `ConfigError`, else what the last try raised.
+        """
         self._replicas = [None] * len(self)
         self._folder = _session_folder() / "tetriserve" / uuid.uuid4().hex
         self._folder.mkdir(parents=True)
-        infos = await asyncio.gather(*(self._load(gpu, LOAD_TRIES) for gpu in range(len(self))))
+        infos = await asyncio.gather(*(self._load(gpu, self._tries) for gpu in range(len(self))))
         self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
         if len(self) > 1:
-            cell = self._args.cell
-            sets = tuple(gpus for gpus in group_sets(len(self)) if len(gpus) in cell.all_degrees)
+            await self._warm()
+
+    @property
+    def _tries(self) -> int:
+        return 1 + self._args.cell.max_losses
+
+    async def _warm(self) -> None:
+        cell, everyone = self._args.cell, tuple(range(len(self)))
+        sets = tuple(gpus for gpus in group_sets(len(self)) if len(gpus) in cell.all_degrees)
+        for tries_left in reversed(range(self._tries)):
             seq = next(self._rehearsals)
-            await asyncio.gather(*(replica.warm.remote(sets, seq) for replica in self._replicas))
+            calls = [(gpu, self._replicas[gpu].warm.remote(sets, seq)) for gpu in everyone]
+            errors: list[BaseException]
+            try:
+                _, errors = await asyncio.wait_for(self.settled(calls, everyone, seq), cell.load_timeout_s)
+            except asyncio.TimeoutError as error:
+                errors = [error]
+            if not errors:
+                return
+            gone = await self.silent(everyone)
+            if not gone or not tries_left:
+                raise first_cause(errors)
+            logger.error("GPU replicas %s did not build their groups: %r", sorted(gone), errors[0])
+            await asyncio.gather(*map(self.replace, gone))
+            for gpu in gone:
+                await self.rejoin(gpu, set(everyone) - gone)
 
     async def replace(self, gpu: int) -> None:
         """Put a new replica in place of a lost one and wait until it has loaded the model; `rejoin` it next.

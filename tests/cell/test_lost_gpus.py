@@ -52,6 +52,12 @@ class SlowReplica(GPUReplica):
 
         adapter.step = slow_step
 
+    def warm(self, sets: tuple[tuple[int, ...], ...], seq: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(Path(self._args.model.path) / "kill-the-first")
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().warm(sets, seq)
+
     def pid(self) -> int:
         return os.getpid()
 
@@ -170,6 +176,21 @@ def check(results: list[GenerateResult], victims: set[int]) -> None:
 @pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "GPUReplica", SlowReplica)
+
+
+def test_a_replica_that_dies_while_the_groups_are_built_is_started_again(root: Path) -> None:
+    """The first that comes to build is killed there; the cell starts all the same, and all its GPUs work together."""
+
+    async def run() -> None:
+        marker = root / "tiny-flux" / "kill-the-first"
+        marker.touch()
+        async with cell(root, 3, {1: 10 * STEP_S, 3: STEP_S}) as scheduler:
+            assert not marker.exists()
+            answer = start(scheduler, "together", 0)
+            await until(works_on(scheduler, (0, 1, 2)))
+            check([await answer], set())
+
+    asyncio.run(run())
 
 
 def test_four_gpus_any_dies_and_the_rest_build_a_group_that_was_not_there(root: Path) -> None:

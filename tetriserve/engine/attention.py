@@ -6,6 +6,7 @@ ours; older ones, which call torch's scaled_dot_product_attention themselves, ru
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from re import search
@@ -114,7 +115,7 @@ def install(transformer: torch.nn.Module, exchange: Exchange, kinds: Kinds = ())
             processor._attention_backend = backend
             processor._parallel_config = attends[kind]
         else:
-            _take_over(processor, attends[kind])
+            module.processor = _taking_over(processor, attends[kind])
 
 
 def _backend(local: Attend) -> AttentionBackendName:
@@ -123,8 +124,9 @@ def _backend(local: Attend) -> AttentionBackendName:
 
     It is no member of diffusers' enum, which cannot grow, but is looked up like one.
     """
-    name: Any = str.__new__(AttentionBackendName, f"tetriserve-{local.index}")
-    name._name_, name._value_ = name.upper(), str(name)
+    text = f"tetriserve-{local.index}"
+    name: Any = str.__new__(AttentionBackendName, text)
+    name._name_, name._value_ = text.upper(), text
 
     def attend(
         query: torch.Tensor,
@@ -172,9 +174,9 @@ class _TakeOver(TorchFunctionMode):
         return self._attend(query, key, value, attn_mask, scale, enable_gqa).transpose(1, 2)
 
 
-def _take_over(processor: Any, attend: Attend) -> None:
-    """Have a processor that calls torch's attention itself call `attend`; in all else it stays what it is."""
-    plain = type(processor)
+def _taking_over(processor: Any, attend: Attend) -> Any:
+    """A copy (modules may share one) of a processor that calls torch's attention itself, which calls `attend`."""
+    plain, processor = type(processor), copy.copy(processor)
 
     @functools.wraps(plain.__call__)  # its signature tells diffusers which arguments it takes
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,6 +184,7 @@ def _take_over(processor: Any, attend: Attend) -> None:
             return plain.__call__(self, *args, **kwargs)
 
     processor.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+    return processor
 
 
 def _refuse(dropout_p: float, is_causal: bool) -> None:
