@@ -32,7 +32,7 @@ class ModelArgs(_Section):
     revision: str | None = Field(None, description="Hub revision, passed to from_pretrained.")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     max_sequence_length: int | None = Field(
-        None, ge=1, le=512, description="Text tokens of the T5 encoder; default: the pipeline's own."
+        None, ge=1, le=1024, description="Text tokens of the long text encoder; default: the pipeline's own."
     )
     default_steps: int | None = Field(None, ge=1, le=200, description="Default: the pipeline's own.")
     max_steps: int = Field(200, ge=1, le=200)

@@ -5,7 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import pre_tokenizers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 from tetriserve.models.embedded.build import make_flux, make_text_stack, make_vae
 
@@ -54,5 +75,137 @@ def tiny_sd3(folder: Path, *, dual_attention: bool = True) -> Path:
         tokenizer_2=second["clip_tokenizer"],
         text_encoder_3=t5["t5"],
         tokenizer_3=t5["t5_tokenizer"],
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A token for each byte."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def qwen3(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+
+
+def tiny_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
+    """FLUX.2 klein, whose text is the states behind layers 9, 18 and 27."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(qwen3(tokenizer, layers=28)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=distilled,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_z_image(folder: Path) -> Path:
+    """Z-Image with 3 heads, which neither 2 nor 4 divides, as neither 4 nor 8 divides the 30 of the real one."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    text_encoder = Qwen3Model(qwen3(tokenizer, layers=2))
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=36,
+        n_layers=2,
+        n_refiner_layers=2,
+        n_heads=3,
+        n_kv_heads=3,
+        cap_feat_dim=32,
+        axes_dims=[4, 4, 4],
+        axes_lens=[512, 64, 64],
+    )
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=make_vae(VAE_CHANNELS),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_qwen_image(folder: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
+        "rope_theta": 1000000.0,
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    transformer = QwenImageTransformer2DModel(
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 4),
+    )
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1] * 16,
+            latents_std=[1.5] * 16,
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        ),
+        tokenizer=tokenizer,
+        transformer=transformer,
     ).save_pretrained(folder, safe_serialization=True)
     return folder

@@ -99,7 +99,7 @@ class ModelInfo:
         token_pixels: pixels along one side that make one sequence token.
         text_tokens: length of the text sequence, sharded beside the image tokens.
         heads: attention heads; a degree that does not divide them runs ring attention.
-        cfg_field: the request field that switches classifier-free guidance on when above 1
+        cfg_field: the request field that switches classifier-free guidance on when above `cfg_above`
             ("true_cfg_scale" beside a negative prompt, or "guidance_scale").
     """
 
@@ -119,6 +119,8 @@ class ModelInfo:
     max_prompt_chars: int
     description: str = ""
     """One line for people: where the weights come from."""
+    cfg_above: float = 1.0
+    default_true_cfg_scale: float = 1.0
 
     def tokens(self, shape: Shape) -> int:
         """Image tokens of a shape, the length that sequence parallelism shards."""
@@ -152,9 +154,11 @@ class ModelInfo:
     def guided(self, request: GenerateRequest) -> bool:
         """Whether classifier-free guidance runs: two forward passes per step instead of one."""
         if self.cfg_field == "true_cfg_scale":
-            return request.negative_prompt is not None and (request.true_cfg_scale or 1.0) > 1.0
+            scale = request.true_cfg_scale
+            scale = self.default_true_cfg_scale if scale is None else scale
+            return request.negative_prompt is not None and scale > self.cfg_above
         scale = request.guidance_scale
-        return (self.default_guidance_scale if scale is None else scale) > 1.0
+        return (self.default_guidance_scale if scale is None else scale) > self.cfg_above
 
     def step_cost(self, request: GenerateRequest) -> float:
         """Of a step, in steps of the profile, which is measured without a wish: evaluations of the model."""

@@ -71,7 +71,6 @@ class ModelAdapter(ABC):
     pipeline_class: ClassVar[Any]
     family: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
-    shard_plan: ClassVar[ShardPlan]
     attention_kinds: ClassVar[Kinds] = ()
 
     def __init__(self, pipeline: Any, limits: ModelLimits, kernel: Kernel) -> None:
@@ -82,7 +81,7 @@ class ModelAdapter(ABC):
         self.info = self._info(limits)
         self.group: SPGroup | None = None
         self._parallel = [
-            SequenceParallel(transformer, self.shard_plan, kernel, self.attention_kinds)
+            SequenceParallel(transformer, self.shard_plan(transformer), kernel, self.attention_kinds)
             for transformer in self.transformers()
         ]
 
@@ -93,6 +92,16 @@ class ModelAdapter(ABC):
     def transformers(self) -> list[torch.nn.Module]:
         """What predicts: one, or several of a kind that take turns."""
         return [self.pipeline.transformer]
+
+    def shard_plan(self, transformer: Any) -> ShardPlan:
+        """Where its token axes are cut and put together: diffusers' own plan."""
+        plan: ShardPlan = transformer._cp_plan
+        return plan
+
+    @property
+    def latent_channels(self) -> int:
+        """Of what the VAE sees."""
+        return int(self.pipeline.vae.config.latent_channels)
 
     @contextmanager
     def over(self, group: SPGroup | None) -> Iterator[None]:
@@ -138,6 +147,9 @@ class ModelAdapter(ABC):
             guidance_scale=self.info.default_guidance_scale
             if request.guidance_scale is None
             else request.guidance_scale,
+            true_cfg_scale=self.info.default_true_cfg_scale
+            if request.true_cfg_scale is None
+            else request.true_cfg_scale,
         )
 
     def step(self, state: RequestState) -> torch.Tensor:

@@ -40,7 +40,7 @@ def fit_colors(adapter: ModelAdapter) -> torch.Tensor:
 
     Returns float32 [channels + 1, 3] on the adapter's device, the last row being constant; colours are -1 to 1.
     """
-    channels = adapter.pipeline.vae.config.latent_channels
+    channels = adapter.latent_channels
     generator = torch.Generator("cpu").manual_seed(0)
     inputs, colors = [], []
     for _ in range(-(-SAMPLES_PER_CHANNEL * (channels + 1) // CELLS**2)):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
-import numpy as np
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers import FluxPipeline
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.errors import ConfigError
+from tetriserve.models.flow import set_timesteps, shift
 from tetriserve.request import GenerateRequest, ModelInfo
 
 
@@ -19,7 +17,6 @@ class FluxAdapter(ModelAdapter):
     pipeline_class = FluxPipeline
     family = "flux"
     dtypes = ("float32", "bfloat16")  # activations of its late blocks leave float16's range: black pictures
-    shard_plan = FluxTransformer2DModel._cp_plan
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         config = self.pipeline.transformer.config
@@ -74,17 +71,7 @@ class FluxAdapter(ModelAdapter):
             self.generator(request),
         )
         sampler = self.new_sampler()
-        config = sampler.config
-        mu = calculate_shift(
-            latents.shape[1],
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas: Any = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
-        retrieve_timesteps(sampler, steps, self.device, sigmas=sigmas, mu=mu)
-        sampler.set_begin_index(0)
+        set_timesteps(sampler, steps, shift(sampler.config, latents.shape[1]), self.device)
         return RequestState(request, conditioning, latents, sampler)
 
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:

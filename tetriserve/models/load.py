@@ -12,10 +12,14 @@ from tetriserve.engine.kernels import Kernel
 from tetriserve.errors import ConfigError
 from tetriserve.models.embedded import EMBEDDED, embedded_folder
 from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.flux2 import Flux2KleinAdapter
+from tetriserve.models.qwen_image import QwenImageAdapter
 from tetriserve.models.sd3 import SD3Adapter
+from tetriserve.models.z_image import ZImageAdapter
 
 ADAPTERS: dict[str, type[ModelAdapter]] = {
-    adapter.pipeline_class.__name__: adapter for adapter in (FluxAdapter, SD3Adapter)
+    adapter.pipeline_class.__name__: adapter
+    for adapter in (FluxAdapter, Flux2KleinAdapter, SD3Adapter, QwenImageAdapter, ZImageAdapter)
 }
 
 

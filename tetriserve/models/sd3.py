@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.engine.sequence import ShardPlan
+from tetriserve.models.flow import shift
 from tetriserve.request import GenerateRequest, ModelInfo
+
+CUT_OUTPUT = ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)
 
 
 class SD3Adapter(ModelAdapter):
     pipeline_class = StableDiffusion3Pipeline
     family = "sd3"
-    # diffusers ships no plan for SD3: tokens exist between the patch embedding and the last projection
-    shard_plan: ClassVar[ShardPlan] = {
-        "pos_embed": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
-        "context_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
-        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-    }
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
@@ -45,6 +42,14 @@ class SD3Adapter(ModelAdapter):
             max_prompt_chars=limits.max_prompt_chars,
             description=limits.description,
         )
+
+    def shard_plan(self, transformer: Any) -> ShardPlan:
+        """diffusers ships none: tokens exist between the patch embedding and the last projection."""
+        return {
+            "pos_embed": {0: CUT_OUTPUT},
+            "context_embedder": {0: CUT_OUTPUT},
+            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        }
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
         guided = self.info.guided(request)
@@ -75,16 +80,10 @@ class SD3Adapter(ModelAdapter):
         )
         sampler = self.new_sampler()
         config = sampler.config
-        shift = {}
+        shift_by: dict[str, Any] = {}
         if config.get("use_dynamic_shifting"):
-            shift["mu"] = calculate_shift(
-                self.info.tokens(request.shape),
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.16),
-            )
-        retrieve_timesteps(sampler, request.num_inference_steps, self.device, **shift)
+            shift_by["mu"] = shift(config, self.info.tokens(request.shape), max_shift=1.16)
+        retrieve_timesteps(sampler, request.num_inference_steps, self.device, **shift_by)
         return RequestState(request, conditioning, latents, sampler)
 
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:

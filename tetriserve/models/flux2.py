@@ -1,0 +1,118 @@
+"""FLUX.2 klein, distilled and base, after `Flux2KleinPipeline`."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
+from tetriserve.errors import ConfigError
+from tetriserve.models.flow import set_timesteps
+from tetriserve.request import GenerateRequest, ModelInfo
+
+
+class Flux2KleinAdapter(ModelAdapter):
+    """The base model is guided by an empty prompt, or the request's negative one; the distilled one is not guided."""
+
+    pipeline_class = Flux2KleinPipeline
+    family = "flux2-klein"
+    dtypes = ("float32", "bfloat16")
+
+    def _info(self, limits: ModelLimits) -> ModelInfo:
+        pipeline, config = self.pipeline, self.pipeline.transformer.config
+        self._text_tokens = limits.max_sequence_length or 512
+        self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
+        if self._text_tokens > pipeline.tokenizer_max_length:
+            longest = pipeline.tokenizer_max_length
+            raise ConfigError(
+                f"model.max_sequence_length: {self._text_tokens}, FLUX.2 allows at most {longest}"
+            )
+        side, distilled = 2 * pipeline.vae_scale_factor, bool(pipeline.config.is_distilled)
+        return ModelInfo(
+            name=limits.name,
+            family=self.family,
+            size_multiple=side,
+            token_pixels=side,
+            text_tokens=self._text_tokens,
+            heads=config.num_attention_heads,
+            cfg_field="guidance_scale",
+            cfg_above=math.inf if distilled else 1.0,
+            min_pixels=(8 * side) ** 2,
+            max_pixels=limits.max_pixels,
+            max_side=limits.max_pixels // (8 * side),
+            default_steps=limits.default_steps or (4 if distilled else 50),
+            max_steps=limits.max_steps,
+            default_guidance_scale=1.0 if distilled else 4.0,
+            max_prompt_chars=limits.max_prompt_chars,
+            description=limits.description,
+        )
+
+    def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
+        prompts = {"embeds": request.prompt}
+        if self.info.guided(request):
+            prompts["negative_embeds"] = request.negative_prompt or ""
+        return {
+            name: self.pipeline.encode_prompt(
+                prompt=prompt, device=self.device, max_sequence_length=self._text_tokens
+            )[0]
+            for name, prompt in prompts.items()
+        }
+
+    def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        pipeline, steps = self.pipeline, request.num_inference_steps
+        assert steps is not None
+        latents, _ = pipeline.prepare_latents(
+            1,
+            pipeline.transformer.config.in_channels // 4,
+            request.height,
+            request.width,
+            conditioning["embeds"].dtype,
+            self.device,
+            self.generator(request),
+        )
+        sampler = self.new_sampler()
+        mu = compute_empirical_mu(image_seq_len=latents.shape[1], num_steps=steps)
+        set_timesteps(sampler, steps, mu, self.device)
+        return RequestState(request, conditioning, latents, sampler)
+
+    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
+        noise = self._forward(state, timestep, "embeds")
+        if self.info.guided(state.request):
+            assert state.request.guidance_scale is not None
+            negative = self._forward(state, timestep, "negative_embeds")
+            noise = negative + state.request.guidance_scale * (noise - negative)
+        return noise
+
+    def spatial(self, request: GenerateRequest, latents: torch.Tensor) -> torch.Tensor:
+        """Out of their packing, and out of the normalisation that the sampler works in."""
+        pipeline, vae, token = self.pipeline, self.pipeline.vae, self.info.token_pixels
+        height, width = request.height // token, request.width // token
+        unpacked = pipeline._unpack_latents_with_ids(latents, self._image_ids(height, width), height, width)
+        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
+        variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
+        deviation = torch.sqrt(variance).to(latents.device, latents.dtype)
+        return pipeline._unpatchify_latents(unpacked * deviation + mean)
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+
+    def _forward(self, state: RequestState, timestep: torch.Tensor, text: str) -> torch.Tensor:
+        request, token, embeds = state.request, self.info.token_pixels, state.conditioning[text]
+        return self.pipeline.transformer(
+            hidden_states=state.latents.to(self.pipeline.transformer.dtype),
+            timestep=timestep.expand(1).to(state.latents.dtype) / 1000,
+            guidance=None,
+            encoder_hidden_states=embeds,
+            txt_ids=self.pipeline._prepare_text_ids(embeds).to(self.device),
+            img_ids=self._image_ids(request.height // token, request.width // token),
+            return_dict=False,
+        )[0]
+
+    def _make_image_ids(self, height: int, width: int) -> Any:
+        return self.pipeline._prepare_latent_ids(torch.empty(1, 1, height, width)).to(self.device)
