@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from record import Place, Rows
 sys.path.append(str(Path(__file__).parent.parent))
 
 NEEDED = ("ray", "fastapi", "httpx", "pulp", "uvicorn")
-REQUESTS = 9
+REQUESTS = 8
 
 
 def stack(place: Place, rows: Rows) -> None:
@@ -34,6 +33,7 @@ def stack(place: Place, rows: Rows) -> None:
 
 def one_model(place: Place, rows: Rows, name: str, model: dict[str, Any]) -> None:
     import httpx
+    from overhead import over_http
     from server import CONFIG, running_server
 
     config = yaml.safe_load((Path(__file__).parents[2] / CONFIG).read_text())
@@ -48,21 +48,4 @@ def one_model(place: Place, rows: Rows, name: str, model: dict[str, Any]) -> Non
     with running_server(path, "ilp") as server, httpx.Client(base_url=server.url, timeout=120) as client:
         rows.add(model=name, ready_after_s=time.perf_counter() - start_s)
         for shape in shapes:
-            totals, added = [], []
-            for seed in range(REQUESTS):
-                body = {"prompt": "a red circle", "size": shape, "num_inference_steps": 4, "seed": seed}
-                start_s = time.perf_counter()
-                answer = client.post("/v1/images/generations", json=body).raise_for_status().json()
-                total_s = time.perf_counter() - start_s
-                if seed:
-                    totals.append(1e3 * total_s)
-                    stages = answer["metrics"]["stage_durations"]
-                    computed_s = stages["encode"] + stages["denoise"] + stages["decode"]
-                    added.append(1e3 * (total_s - computed_s))
-            rows.add(
-                model=name,
-                shape=shape,
-                total_ms=statistics.median(totals),
-                added_ms=statistics.median(added),
-                peak_memory_mb=answer["metrics"].get("peak_memory_mb", 0),
-            )
+            rows.add(model=name, shape=shape, **over_http(client, shape, 4, REQUESTS))
