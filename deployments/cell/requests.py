@@ -97,7 +97,7 @@ class Requests:
         open_requests = Counter(entry.request.client for entry in self.entries.values())
         full = self._admission.refusal(request.client, open_requests)
         if full and not request.waited_s:  # else it was accepted once
-            raise Overloaded(full, retry_after_s=int(self._state.rounds.predicted_drain_s(now_s) / 2) + 1)
+            raise Overloaded(full, retry_after_s=int(self._state.rounds.predictions.drain_s(now_s) / 2) + 1)
         if request.model not in (None, "default", self._state.info.name):
             raise InvalidRequest(
                 "model", f"{request.model!r} is not served, allowed is {self._state.info.name!r}"

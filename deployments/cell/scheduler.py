@@ -119,7 +119,7 @@ class Scheduler:
 
     def _progress(self, entry: Entry) -> Progress:
         now_s = time.monotonic()
-        return entry.progress(self._state.rounds.predicted_finish_s(entry.id, now_s), now_s)
+        return entry.progress(self._state.rounds.predictions.finish_s(entry.id, now_s), now_s)
 
     async def cancel(self, request_id: str, call_id: str) -> bool:
         """`Requests.cancel`."""
@@ -162,7 +162,7 @@ class Scheduler:
                     self._ranges.dispatch(assignment)
                 for job in snapshot.jobs:
                     if entry := self._requests.entries.get(job.id):
-                        entry.predict(self._state.rounds.predicted_finish_s(job.id, snapshot.now_s))
+                        entry.predict(self._state.rounds.predictions.finish_s(job.id, snapshot.now_s))
 
     # ---- lost GPUs ----------------------------------------------------------------------------------------
 

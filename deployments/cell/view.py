@@ -74,7 +74,7 @@ class View:
         self._boards = {who: kept for who, kept in self._boards.items() if now_s - kept[0] < BOARD_AGE_S}
         if (seconds, owner) in self._boards:
             return self._boards[seconds, owner][1]
-        running = [] if self._state.failure else self._state.rounds.expected(now_s)
+        running = [] if self._state.failure else self._state.rounds.committed.expected(now_s)
         runs = [
             Run(request_id, Execution(a.kind, a.steps, a.gpus, start_s + ahead_s, end_s + ahead_s))
             for a, start_s, end_s in running

@@ -391,13 +391,15 @@ def test_predicted_finish() -> None:
     for name in "ab":
         scheduler.arrived(name, two, 0.0)
     alone_s = 0.05 + 4 * 0.25 + 0.1
-    assert scheduler.predicted_finish_s("c", 0.0) == math.inf
-    assert scheduler.predicted_finish_s("a", 0.0) == pytest.approx(0.05 + 4 * 0.4 + 0.1)  # both, on two GPUs
+    assert scheduler.predictions.finish_s("c", 0.0) == math.inf
+    assert scheduler.predictions.finish_s("a", 0.0) == pytest.approx(
+        0.05 + 4 * 0.4 + 0.1
+    )  # both, on two GPUs
     plan = scheduler.plan(0.0)
-    assert scheduler.predicted_finish_s("a", 0.0) == pytest.approx(3.1)
-    assert alone_s <= scheduler.predicted_finish_s("b", 0.0) < 3.1
+    assert scheduler.predictions.finish_s("a", 0.0) == pytest.approx(3.1)
+    assert alone_s <= scheduler.predictions.finish_s("b", 0.0) < 3.1
     # never before what is left could end at best
-    assert scheduler.predicted_finish_s("a", 50.0) > 51.0
+    assert scheduler.predictions.finish_s("a", 50.0) > 51.0
     # all of it committed: the end of what runs
     for entry in whole[1:3]:
         for assignment in plan.assignments:
@@ -405,8 +407,8 @@ def test_predicted_finish() -> None:
         scheduler.policy = Script(entry)
         plan = scheduler.plan(4.0)
     assert [(assignment.kind, assignment.others) for assignment in plan.assignments] == [("decode", 1)]
-    assert scheduler.predicted_finish_s("a", 4.0) == pytest.approx(4.1)
+    assert scheduler.predictions.finish_s("a", 4.0) == pytest.approx(4.1)
     for gpu in (0, 1):
         scheduler.gpu_lost(gpu)
     scheduler.plan(4.0)
-    assert scheduler.predicted_finish_s("b", 4.0) == math.inf
+    assert scheduler.predictions.finish_s("b", 4.0) == math.inf

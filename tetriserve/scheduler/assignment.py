@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from solver.problem import Job, Phase
+from solver.problem import Job, Packing, Phase
+
+EPSILON_S = 1e-9
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,13 @@ class OpenRequest:
                 return skip
             skip -= phase.steps
         return 0
+
+    def misses(self, packing: Packing) -> bool:
+        """Whether a packing sets it aside, or has all of it and ends it late."""
+        planned = [entry for entry in packing.entries if entry.job_id == self.id]
+        complete = sum(entry.steps for entry in planned) >= self.total
+        ends_late = complete and max(entry.end_s for entry in planned) > self.deadline_s + EPSILON_S
+        return self.id in packing.set_aside or ends_late
 
     def job(self) -> Job:
         """As a policy sees it."""

@@ -12,12 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot
-from tetriserve.scheduler.assignment import Assignment, OpenRequest, RoundPlan, fits
+from tetriserve.scheduler.assignment import EPSILON_S, Assignment, OpenRequest, RoundPlan, fits
 from tetriserve.scheduler.committed import Committed
 from tetriserve.scheduler.load import RecentLoad
 from tetriserve.scheduler.predictions import Predictions
-
-EPSILON_S = 1e-9
 
 
 class RoundScheduler:
@@ -31,6 +29,8 @@ class RoundScheduler:
         min_round_s: floor of the derived length; keeps the per-range overhead of an executor small.
         lead_s: how long before a GPU frees its next work is committed; 0 in simulation. An executor sets it
             to what planning and dispatch take, so that GPUs do not wait for the brain.
+
+    `committed` is what runs and waits on the GPUs, `predictions` says when what is open will be done.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class RoundScheduler:
         self._seq = 0
         self._load = RecentLoad()
         self._open: dict[str, OpenRequest] = {}
-        self._committed = Committed(n_gpus)
-        self._predictions = Predictions(self._open, self._committed)
+        self.committed = Committed(n_gpus)
+        self.predictions = Predictions(self._open, self.committed)
 
     # ---- events -------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class RoundScheduler:
 
     def finished(self, seq: int, now_s: float) -> bool:
         """A step range was reported done. True when it was the last one of its request, which then leaves."""
-        assignment = self._committed.retire(seq, now_s)
+        assignment = self.committed.retire(seq, now_s)
         done = False
         for request_id in assignment.request_ids:
             request = self._open.get(request_id)
@@ -114,7 +114,7 @@ class RoundScheduler:
 
         Ranges of the same request committed behind it must be reported aborted too; planning waits for that.
         """
-        assignment = self._committed.retire(seq, now_s)
+        assignment = self.committed.retire(seq, now_s)
         for request_id in assignment.request_ids:
             request = self._open.get(request_id)
             if request is None:
@@ -153,12 +153,12 @@ class RoundScheduler:
 
     def gpu_lost(self, gpu: int) -> None:
         """Take a GPU off the board. Its outstanding assignments must be reported aborted by the caller."""
-        self._committed.lose(gpu)
+        self.committed.lose(gpu)
         for request in self._open.values():
             request.gpus = tuple(g for g in request.gpus if g != gpu)
 
     def gpu_back(self, gpu: int, now_s: float) -> None:
-        self._committed.regain(gpu, now_s)
+        self.committed.regain(gpu, now_s)
 
     def expired(self, now_s: float) -> list[str]:
         """Requests with `drop_late` that can no longer be on time; the caller ends and cancels them."""
@@ -180,10 +180,7 @@ class RoundScheduler:
             if request is None or not request.reject_infeasible:
                 continue
             request.reject_infeasible = False  # accepted from now on
-            planned = [entry for entry in packing.entries if entry.job_id == job.id]
-            complete = sum(entry.steps for entry in planned) >= request.total
-            ends_late = complete and max(entry.end_s for entry in planned) > job.deadline_s + EPSILON_S
-            if job.id in packing.set_aside or job.is_late(snapshot.now_s) or ends_late:
+            if job.is_late(snapshot.now_s) or request.misses(packing):
                 rejected.append(job.id)
         return rejected
 
@@ -193,7 +190,7 @@ class RoundScheduler:
         """Whether this is an instant of decision: any, or for policies with fixed rounds only a boundary
         (and any instant at which the whole cell is idle)."""
         at_boundary = now_s + self.lead_s >= self._boundary_s - EPSILON_S
-        return self.policy.replans_on_arrival or at_boundary or not self._committed
+        return self.policy.replans_on_arrival or at_boundary or not self.committed
 
     def snapshot(self, now_s: float) -> Snapshot:
         """The board as the policy shall see it. Moves the round boundary on when `now_s` has reached it."""
@@ -201,11 +198,11 @@ class RoundScheduler:
         jobs = tuple(request.job() for request in self._open.values() if request.plannable)
         round_s = self.round_s(jobs)
         if now_s + self.lead_s >= self._boundary_s - EPSILON_S:
-            self._boundary_s = max(now_s, self._boundary_s if self._committed else now_s) + round_s
+            self._boundary_s = max(now_s, self._boundary_s if self.committed else now_s) + round_s
         return Snapshot(
             now_s=now_s,
             round_s=round_s,
-            free_at_s=tuple(self._committed.free_at_s),
+            free_at_s=tuple(self.committed.free_at_s),
             jobs=jobs,
             next_boundary_s=self._boundary_s,
             expected=self._load.expected(now_s),
@@ -214,7 +211,7 @@ class RoundScheduler:
     def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
         """Commit the entries that start within the window, cut to whole steps that reach the boundary."""
         self._predict(now_s)
-        self._predictions.note(snapshot, packing)
+        self.predictions.note(snapshot, packing)
         for request in self._open.values():
             request.set_aside = request.id in packing.set_aside
         window_s = max(snapshot.now_s, now_s) + self.lead_s + EPSILON_S
@@ -251,7 +248,7 @@ class RoundScheduler:
             return math.inf
         instants = [self._boundary_s - self.lead_s]
         if self.policy.replans_on_arrival:
-            instants += [free_at - self.lead_s for free_at in self._committed.free_at_s]
+            instants += [free_at - self.lead_s for free_at in self.committed.free_at_s]
         ahead = [t for t in instants if now_s + EPSILON_S < t < math.inf]
         # an overdue boundary (only reports can free a GPU now) is looked at again one round later
         return min(ahead, default=now_s + self.round_s(()))
@@ -273,25 +270,13 @@ class RoundScheduler:
     @property
     def running(self) -> list[Assignment]:
         """Assignments committed and not yet reported, in plan order."""
-        return self._committed.running
-
-    def expected(self, now_s: float) -> list[tuple[Assignment, float, float]]:
-        """`Committed.expected`."""
-        return self._committed.expected(now_s)
-
-    def predicted_drain_s(self, now_s: float) -> float:
-        """`Predictions.drain_s`."""
-        return self._predictions.drain_s(now_s)
-
-    def predicted_finish_s(self, request_id: str, now_s: float) -> float:
-        """`Predictions.finish_s`."""
-        return self._predictions.finish_s(request_id, now_s)
+        return self.committed.running
 
     # ---- inside -------------------------------------------------------------------------------------------
 
     def _predict(self, now_s: float) -> None:
         """Bring the GPUs' `free_at_s` and the requests' `ready_s` up to date with what is known now."""
-        for request_id, ready_s in self._committed.update(now_s).items():
+        for request_id, ready_s in self.committed.update(now_s).items():
             if request_id in self._open:
                 self._open[request_id].ready_s = ready_s
 
@@ -303,9 +288,9 @@ class RoundScheduler:
         seconds = phase.step_s.get(entry.degree)
         if phase.kind != entry.kind or seconds is None:
             return None
-        if not self._committed.takes(entry.gpus):
+        if not self.committed.takes(entry.gpus):
             return None
-        start_s = max(now_s, request.ready_s, *(self._committed.free_at_s[gpu] for gpu in entry.gpus))
+        start_s = max(now_s, request.ready_s, *(self.committed.free_at_s[gpu] for gpu in entry.gpus))
         # a range that starts in a later round reaches for that round's boundary
         ahead_s = self._boundary_s - start_s
         if ahead_s <= EPSILON_S:
@@ -322,12 +307,12 @@ class RoundScheduler:
             steps=steps,
             start_s=start_s,
             end_s=end_s,
-            after=self._committed.last_seqs(entry.gpus),
+            after=self.committed.last_seqs(entry.gpus),
             others=len(self._open) - 1,
             component=phase.component,
         )
         self._seq += 1
-        self._committed.add(assignment)
+        self.committed.add(assignment)
         request.committed += steps
         request.gpus = entry.gpus
         request.outstanding.append(assignment.seq)

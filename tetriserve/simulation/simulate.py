@@ -20,8 +20,8 @@ from solver.policies import make_policy
 from solver.problem import Phase, Policy
 from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.profile import Profile
-from tetriserve.scheduler.assignment import Assignment
-from tetriserve.scheduler.rounds import EPSILON_S, RoundScheduler
+from tetriserve.scheduler.assignment import EPSILON_S, Assignment
+from tetriserve.scheduler.rounds import RoundScheduler
 from tetriserve.simulation.result import Executed, Outcome, percentile
 from tetriserve.simulation.trace import TraceRequest
 
