@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from record import Place
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -96,9 +103,24 @@ def write_flux(place: Place, folder: Path) -> None:
 def make_sd35(place: Place) -> Any:
     """The transformer of SD3.5 large."""
     small = {"num_layers": 2, "num_attention_heads": 4, "caption_projection_dim": 256} if place.small else {}
+    return _made(place, SD3Transformer2DModel, **{"sample_size": 128, **SD35_LARGE, **small})
+
+
+def make_z_image(place: Place) -> Any:
+    """The transformer of Z-Image, whose dimensions are diffusers' defaults."""
+    small: dict[str, Any] = {"dim": 128, "n_layers": 2, "n_heads": 1, "n_kv_heads": 1} if place.small else {}
+    return _made(place, ZImageTransformer2DModel, **small)
+
+
+def make_qwen_image(place: Place) -> Any:
+    """The transformer of Qwen-Image, as Z-Image's; 41 GB."""
+    small = {"num_layers": 2, "num_attention_heads": 2} if place.small else {}
+    return _made(place, QwenImageTransformer2DModel, **small)
+
+
+def _made(place: Place, kind: Any, **config: Any) -> Any:
     with made_on(place.device, torch.bfloat16):
-        model: Any = SD3Transformer2DModel(**{"sample_size": 128, **SD35_LARGE, **small})
-    return model.eval()
+        return kind(**config).eval()
 
 
 def twin(module: Any) -> Any:

@@ -69,7 +69,7 @@ PARTS = (
     Part("stack", "stack", 150, "The whole Serve stack at 4 steps", True),
     Part("compiled", "steps", 90, "The same steps compiled", True),
     Part("errors", "errors", 60, "What the libraries say when they fail"),
-    Part("sd35", "steps", 60, "SD3.5 large's dimensions"),
+    Part("families", "steps", 110, "Other families' dimensions: SD3.5 large, Z-Image, Qwen-Image"),
     Part("defaults", "groups", 110, "torch's own NCCL settings after a kill"),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
-from models import bytes_of, make_sd35, twin, write_flux
+from models import bytes_of, make_qwen_image, make_sd35, make_z_image, twin, write_flux
 from record import GIB, Place, Rows, host_peak_gib
 from transformers import CLIPTextModel, T5EncoderModel
 
@@ -250,28 +251,73 @@ def batches(place: Place, rows: Rows) -> None:
 
 
 @torch.inference_mode()
-def sd35(place: Place, rows: Rows) -> None:
-    """The same in SD3.5 large's dimensions; batch 2 is what guidance makes of one request."""
-    model = make_sd35(place)
-    config, dtype = model.config, torch.bfloat16
-
-    def inputs(side: int, batch: int) -> dict[str, Any]:
-        on: dict[str, Any] = {"device": model.device, "dtype": dtype}
-        return {
-            "hidden_states": torch.randn(batch, config.in_channels, side // 8, side // 8, **on),
-            "encoder_hidden_states": torch.randn(batch, 333, config.joint_attention_dim, **on),
-            "pooled_projections": torch.randn(batch, config.pooled_projection_dim, **on),
-            "timestep": torch.ones(batch, **on),
-            "return_dict": False,
-        }
-
-    timed_batches(place, rows, model, inputs)
+def families(place: Place, rows: Rows) -> None:
+    """The same in the dimensions of other families; batch 2 is what guidance makes of one request."""
+    for family, (make, inputs) in FAMILIES.items():
+        with rows.or_error(family=family):
+            model = make(place)
+            timed_batches(place, rows, model, partial(inputs, model), family=family)
+        model = None
+        if place.on_cuda:
+            torch.cuda.empty_cache()
 
 
-def timed_batches(place: Place, rows: Rows, model: Any, inputs: Callable[[int, int], dict[str, Any]]) -> None:
+def on_model(model: Any) -> dict[str, Any]:
+    return {"device": model.device, "dtype": torch.bfloat16}
+
+
+def sd35_inputs(model: Any, side: int, batch: int) -> dict[str, Any]:
+    config, on = model.config, on_model(model)
+    return {
+        "hidden_states": torch.randn(batch, config.in_channels, side // 8, side // 8, **on),
+        "encoder_hidden_states": torch.randn(batch, 333, config.joint_attention_dim, **on),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, **on),
+        "timestep": torch.ones(batch, **on),
+        "return_dict": False,
+    }
+
+
+def qwen_inputs(model: Any, side: int, batch: int) -> dict[str, Any]:
+    config, on = model.config, on_model(model)
+    return {
+        "hidden_states": torch.randn(batch, (side // 16) ** 2, config.in_channels, **on),
+        "encoder_hidden_states": torch.randn(batch, 128, config.joint_attention_dim, **on),
+        "timestep": torch.ones(batch, **on),
+        "img_shapes": [[(1, side // 16, side // 16)]] * batch,
+        "return_dict": False,
+    }
+
+
+def z_image_inputs(model: Any, side: int, batch: int) -> dict[str, Any]:
+    on = on_model(model)
+    return {
+        "x": list(torch.randn(batch, model.in_channels, 1, side // 8, side // 8, **on)),
+        "t": torch.ones(batch, **on),
+        "cap_feats": list(torch.randn(batch, 128, model.config.cap_feat_dim, **on)),
+        "return_dict": False,
+    }
+
+
+FAMILIES: dict[str, tuple[Callable[[Place], Any], Callable[[Any, int, int], dict[str, Any]]]] = {
+    "SD3.5 large": (make_sd35, sd35_inputs),
+    "Z-Image": (make_z_image, z_image_inputs),
+    "Qwen-Image": (make_qwen_image, qwen_inputs),
+}
+
+
+def timed_batches(
+    place: Place, rows: Rows, model: Any, inputs: Callable[[int, int], dict[str, Any]], **which: str
+) -> None:
     for side in [side for side in sides(place) if side <= 1024]:
         for batch in BATCHES[:2] if place.small else BATCHES:
-            with rows.or_error(side=side, batch=batch), place.peak_gib() as peak:
+            with rows.or_error(**which, side=side, batch=batch), place.peak_gib() as peak:
                 values = inputs(side, batch)
                 done_ms, launched_ms = place.timed(lambda: model(**values), 3, 1)  # noqa: B023
-                rows.add(side=side, batch=batch, step_ms=done_ms, launched_ms=launched_ms, peak_gib=peak())
+                rows.add(
+                    **which,
+                    side=side,
+                    batch=batch,
+                    step_ms=done_ms,
+                    launched_ms=launched_ms,
+                    peak_gib=peak(),
+                )
