@@ -76,7 +76,8 @@ class CellArgs(_Section):
         ge=0,
         description="A GPU whose replica is lost more often than this in ten minutes is cordoned: left out until its "
         "cell starts anew. While it starts, a replica is tried again so often. "
-        "A request in so many of whose step ranges (at least 3) a replica died ends with an error.",
+        "A request in so many of whose step ranges (at least 3) a replica died, or the members lost each other, ends "
+        "with an error.",
     )
 
     @field_validator("degrees")

@@ -114,6 +114,7 @@ class Cell:
         self.progress = [Progress("", "denoise", 4, 8)]
         self.pause_s = 0.0
         self.history = History(2, 1700000000.0)
+        self.info = INFO
 
     @property
     def generate(self) -> Method:
@@ -121,7 +122,7 @@ class Cell:
 
     @property
     def model_info(self) -> Method:
-        return Method(lambda: Call(self._soon(INFO), lambda: None))
+        return Method(lambda: Call(self._soon(self.info), lambda: None))
 
     @property
     def status(self) -> Method:

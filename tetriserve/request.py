@@ -99,7 +99,7 @@ class ModelInfo:
         token_pixels: pixels along one side that make one sequence token.
         text_tokens: length of the text sequence, sharded beside the image tokens.
         heads: attention heads; a degree that does not divide them runs ring attention.
-        cfg_field: the request field that switches classifier-free guidance on when above `cfg_above`
+        cfg_field: the request field that switches classifier-free guidance on when above `cfg_above` (None: never)
             ("true_cfg_scale" beside a negative prompt, or "guidance_scale").
     """
 
@@ -119,7 +119,7 @@ class ModelInfo:
     max_prompt_chars: int
     description: str = ""
     """One line for people: where the weights come from."""
-    cfg_above: float = 1.0
+    cfg_above: float | None = 1.0
     default_true_cfg_scale: float = 1.0
 
     def tokens(self, shape: Shape) -> int:
@@ -153,6 +153,8 @@ class ModelInfo:
 
     def guided(self, request: GenerateRequest) -> bool:
         """Whether classifier-free guidance runs: two forward passes per step instead of one."""
+        if self.cfg_above is None:
+            return False
         if self.cfg_field == "true_cfg_scale":
             scale = request.true_cfg_scale
             scale = self.default_true_cfg_scale if scale is None else scale

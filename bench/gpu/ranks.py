@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import signal
@@ -265,12 +266,15 @@ class Ranks:
         self.processes[gpu].join()
 
     def send(self, gpu: int, method: str, *args: Any) -> None:
-        self._pipes[gpu].send((method, args))
+        with contextlib.suppress(OSError):  # `get` says that it died
+            self._pipes[gpu].send((method, args))
 
     def get(self, gpu: int, patience_s: float = ANSWER_S) -> Any:
-        """What it answers; an exception is returned, not raised, and so are silence and death, as text."""
+        """What it answers; an exception is returned, not raised, and so are silence, which ends it, and death, as
+        text."""
         try:
             if not self._pipes[gpu].poll(patience_s):
+                self.kill(gpu)  # its late answer would be taken for that to the next question
                 return f"no answer in {patience_s:g} s"
             return self._pipes[gpu].recv()
         except (EOFError, ConnectionResetError):

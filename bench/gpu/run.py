@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -40,6 +41,7 @@ from tetriserve.profile import Profile
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 KILL_S = 5.0
+FOLDER_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,13 @@ def main() -> None:
             if part.name not in options.only or (part.name in done and not options.again):
                 continue
             if part.needs_folder and not (scratch / "flux").exists():  # its part ran in an earlier call
-                write_flux(Place(options.out, device, options.small, scratch), scratch / "flux")
+                child = multiprocessing.get_context("spawn").Process(
+                    target=write_flux,
+                    args=(Place(options.out, device, options.small, scratch), scratch / "flux"),
+                )
+                child.start()
+                child.join(FOLDER_S)
+                child.kill()
             supervise(options, part, scratch, end_s - time.monotonic())
             write_report(options.out, device, options.small)
     finally:
@@ -219,7 +227,7 @@ def write_report(out: Path, device: str, small: bool) -> None:
         text = yaml.safe_dump(profile, sort_keys=False)
         file = f"flux_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_measured.yaml"
         (out / file).write_text(text)
-        if device == "cuda":
+        if device == "cuda" and not small:
             (PROFILES / file).write_text(text)
 
 

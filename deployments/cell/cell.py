@@ -26,6 +26,9 @@ STATUS_TIMEOUT_S = 1.0
 WATCH_S = 2.0
 """How often a scheduler is asked while it starts."""
 
+PROCESS_S = 60.0
+"""Until a scheduler's process is there and has imported what it needs."""
+
 STUCK_S = 20.0
 """A scheduler that does not answer a health check for so long is given up; it answers while it plans, in
 milliseconds."""
@@ -42,6 +45,10 @@ class Cell:
         self._scheduler = create_scheduler(args, group)
         self._log_form: LogForm | None = None
         self._hand_on_log_form()
+        try:
+            await asyncio.wait_for(self._scheduler.__ray_ready__.remote(), PROCESS_S)
+        except asyncio.TimeoutError:
+            raise RuntimeError(f"the scheduler's process did not start within {PROCESS_S:g} s") from None
         starting = asyncio.ensure_future(self._scheduler.start.remote())
         # Serve asks after a replica's health only once this returns
         while not (await asyncio.wait([starting], timeout=WATCH_S))[0]:

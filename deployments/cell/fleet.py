@@ -113,13 +113,15 @@ class Fleet:
                 errors = [error]
             if not errors:
                 return
+            for gpu in everyone:  # those that hang in a meeting or an exchange
+                self.tell(gpu, "leave", everyone, seq)
             gone = await self.silent(everyone)
             if not gone or not tries_left:
                 raise first_cause(errors)
             logger.error("GPU replicas %s did not build their groups: %r", sorted(gone), errors[0])
             await asyncio.gather(*map(self.replace, gone))
             for gpu in gone:
-                await self.rejoin(gpu, set(everyone) - gone)
+                await asyncio.wait_for(self.rejoin(gpu, set(everyone) - gone), cell.load_timeout_s)
 
     async def replace(self, gpu: int) -> None:
         """Put a new replica in place of a lost one and wait until it has loaded the model; `rejoin` it next.
@@ -318,15 +320,15 @@ def cause_of(error: BaseException) -> BaseException:
     return getattr(error, "cause", None) or error
 
 
-def is_elsewhere(cause: BaseException) -> bool:
+def is_elsewhere(error: BaseException) -> bool:
     """Whether a member's call failed for nothing that the member or its request did."""
-    return isinstance(cause, GivenUp | ray.exceptions.RayError)
+    raised = isinstance(error, ray.exceptions.RayTaskError)  # else the call itself came to nothing
+    return isinstance(cause_of(error), GivenUp) or (isinstance(error, ray.exceptions.RayError) and not raised)
 
 
 def first_cause(errors: Sequence[BaseException]) -> BaseException:
     """Of the errors of a range's members, in the order in which they came, the one that the others follow from."""
-    causes = [cause_of(error) for error in errors]
-    return next((cause for cause in causes if not is_elsewhere(cause)), causes[0])
+    return cause_of(next((error for error in errors if not is_elsewhere(error)), errors[0]))
 
 
 def _session_folder() -> Path:

@@ -8,11 +8,11 @@ import os
 import re
 from pathlib import Path
 
-from deployments.cell.fleet import Fleet
+from deployments.cell.fleet import Fleet, cause_of
 from deployments.config import AppArgs
 from deployments.logs import logger
 from tetriserve.cache import cache_folder
-from tetriserve.errors import ConfigError
+from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
 
@@ -98,9 +98,9 @@ def run(args: AppArgs, out: Path) -> None:
         fleet = Fleet(args, ray.util.placement_group(bundles, strategy="STRICT_PACK"))
         write_profile(out, asyncio.run(measure()))
         print(f"wrote {out}")
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        raise (cause if isinstance(cause, ConfigError) else ConfigError(str(error))) from None
+    except Exception as error:
+        cause = cause_of(error)
+        raise (cause if isinstance(cause, TetriserveError) else ConfigError(f"{cause!r}")) from None
     finally:
         ray.shutdown()
 

@@ -118,24 +118,8 @@ class Ranges:
                 for gpu in silent:
                     self._recovery.lose(gpu)
             self._state.rounds.aborted(assignment.seq, now_s)
-            short = [cause for cause in map(cause_of, errors) if isinstance(cause, OutOfMemory)]
-            # an exchange may fail though all members live, and none of them failed by itself
-            torn = bool(errors) and not gone and all(is_elsewhere(cause_of(error)) for error in errors)
-            if torn and not entry.aborting:
-                entry.deadly.add(assignment.seq)
-            if short and not entry.aborting and not self._widen(entry, assignment):
-                self._fail(entry, assignment, short[0])
-            elif len(entry.deadly) >= max(MIN_DEADLY, self._state.args.cell.max_losses):
-                times = len(entry.deadly)
-                why = f"in {times} of its step ranges replicas died or lost each other"
-                self._fail(entry, assignment, RuntimeError(why))
-            elif gone or short or torn or entry.aborting:
-                self._state.meters.lost_range(assignment.kind)
-                log_request(WARNING, entry.name, "lost %s", assignment)
-                entry.lose(assignment)
-                entry.roll_back()
-            else:
-                self._fail(entry, assignment, first_cause(errors))
+            if entry.id in self._requests.entries:
+                self._take_back(entry, assignment, errors, bool(gone))
         else:
             self._recovery.reported(assignment.gpus, now_s)
             if assignment.kind != "decode":
@@ -152,6 +136,33 @@ class Ranges:
         if entry.id not in self._requests.entries and entry.outstanding == 0:
             self._requests.release(entry)
         self._state.wake.set()
+
+    def _take_back(
+        self, entry: Entry, assignment: Assignment, errors: list[BaseException], gone: bool
+    ) -> None:
+        """A range of an open request did not count: plan it again, or end the request if it is to blame.
+
+        Args:
+            gone: a replica of it is dead or silent.
+        """
+        short = [cause for cause in map(cause_of, errors) if isinstance(cause, OutOfMemory)]
+        # an exchange may fail though all members live, and none of them failed by itself
+        torn = bool(errors) and not gone and all(map(is_elsewhere, errors))
+        if torn and not entry.aborting:
+            entry.deadly.add(assignment.seq)
+        if short and not entry.aborting and not self._widen(entry, assignment):
+            self._fail(entry, assignment, short[0])
+        elif len(entry.deadly) >= max(MIN_DEADLY, self._state.args.cell.max_losses):
+            times = len(entry.deadly)
+            why = f"in {times} of its step ranges replicas died or lost each other"
+            self._fail(entry, assignment, RuntimeError(why))
+        elif gone or short or torn or entry.aborting:
+            self._state.meters.lost_range(assignment.kind)
+            log_request(WARNING, entry.name, "lost %s", assignment)
+            entry.lose(assignment)
+            entry.roll_back()
+        else:
+            self._fail(entry, assignment, first_cause(errors))
 
     def _measure(self, entry: Entry, assignment: Assignment, reports: list[Report]) -> None:
         """A range was run: what it says of step times."""
@@ -176,8 +187,6 @@ class Ranges:
 
     def _fail(self, entry: Entry, assignment: Assignment, cause: BaseException) -> None:
         """The request failed by itself; the ones beside and after it go on."""
-        if entry.id not in self._requests.entries:
-            return
         log_request(ERROR, entry.name, "failed in %s: %r", assignment.kind, cause)
         if isinstance(cause, OutOfMemory):
             self._requests.end(entry, OutOfMemory(f"{assignment.kind} ran out of memory: {cause.message}"))

@@ -323,7 +323,8 @@ class GPUReplica:
             return call()
         except Exception as error:
             failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
-            log_request(WARNING, name, "failed in %s: %s", what, type(error).__name__)
+            own = None if isinstance(error, GivenUp) else error
+            log_request(WARNING, name, "failed in %s: %s", what, type(error).__name__, error=own)
         # only here the traceback is gone that holds the tensors of the failed step
         try:
             self._engine.abandon(request_id, gpus, seq)

@@ -55,7 +55,7 @@ class FailingReplica(GPUReplica):
         marker = Path(self._args.model.path) / "was-unlucky"
 
         def greedy_step(state: Any) -> torch.Tensor:
-            group = adapter.group
+            group = adapter._parallel[0]._group
             degree = 1 if group is None else group.degree
             prompt = state.request.prompt
             fails_alone = prompt == "too large for one" and degree == 1

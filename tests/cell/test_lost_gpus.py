@@ -43,7 +43,7 @@ class SlowReplica(GPUReplica):
 
         def slow_step(state: Any) -> torch.Tensor:
             time.sleep(STEP_S)
-            group = adapter.group
+            group = adapter._parallel[0]._group
             if state.request.prompt == "too large for two" and group is not None and group.degree == 2:
                 torch.empty(1 << 60)
             if state.request.prompt == "not on GPU 1" and self._gpu == 1:
@@ -53,9 +53,11 @@ class SlowReplica(GPUReplica):
         adapter.step = slow_step
 
     def warm(self, sets: tuple[tuple[int, ...], ...], seq: int) -> None:
+        blow = Path(self._args.model.path) / "blow-to-the-first"
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(Path(self._args.model.path) / "kill-the-first")
-            os.kill(os.getpid(), signal.SIGKILL)
+            number = int(blow.read_text())
+            blow.unlink()
+            os.kill(os.getpid(), number)
         super().warm(sets, seq)
 
     def pid(self) -> int:
@@ -111,6 +113,7 @@ async def cell(root: Path, gpus: int, step_s: dict[int, float]) -> AsyncIterator
                 "cpus_per_replica": 0.5,
                 "step_timeout_floor_s": 60,
                 "max_losses": 100,
+                "load_timeout_s": 45,
             },
             "profile": {"path": str(root / "profile.yaml"), "correct": False},
         }
@@ -178,12 +181,15 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "GPUReplica", SlowReplica)
 
 
-def test_a_replica_that_dies_while_the_groups_are_built_is_started_again(root: Path) -> None:
-    """The first that comes to build is killed there; the cell starts all the same, and all its GPUs work together."""
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_replica_that_fails_while_the_groups_are_built_is_started_again(
+    root: Path, blow: signal.Signals
+) -> None:
+    """The first that comes to build dies or hangs there; the cell starts all the same, and all work together."""
 
     async def run() -> None:
-        marker = root / "tiny-flux" / "kill-the-first"
-        marker.touch()
+        marker = root / "tiny-flux" / "blow-to-the-first"
+        marker.write_text(str(blow.value))
         async with cell(root, 3, {1: 10 * STEP_S, 3: STEP_S}) as scheduler:
             assert not marker.exists()
             answer = start(scheduler, "together", 0)

@@ -405,6 +405,14 @@ def test_loading_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
         attention_kernel("warp", CPU)
 
 
+def test_a_kernel_that_takes_no_mask_has_a_stand_in_for_it() -> None:
+    query, key, value = torch.randn(3, 1, 5, 2, 8)
+    mask = torch.tensor([True, True, False, True, False])[None, None, None]
+    masked = attention_kernel("flash", CPU)(query, key, value, mask)
+    seen = mask.flatten()
+    torch.testing.assert_close(masked, attention_kernel("native", CPU)(query, key[:, seen], value[:, seen]))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, xfuser may load")
 def test_xfuser_without_gpu_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match="xfuser needs a CUDA device"):

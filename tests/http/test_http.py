@@ -290,6 +290,12 @@ def test_models() -> None:
     assert (info["name"], info["task"], info["max_pixels"]) == ("lab/tiny", "image", 1024 * 1024)
 
 
+def test_a_model_that_is_never_guided_says_so() -> None:
+    cell = Cell()
+    cell.info = replace(cell.info, cfg_above=None)
+    assert ask(cell, "GET", "/v1/model_info").json()["cfg_above"] is None
+
+
 def test_unknown_model() -> None:
     cell = Cell()
     check_error(post(cell, **PICTURE, model="dall-e-3"), 404, "model_not_found", "model")

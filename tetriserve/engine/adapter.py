@@ -79,7 +79,6 @@ class ModelAdapter(ABC):
         if getattr(pipeline.scheduler.config, "stochastic_sampling", False):
             raise ConfigError("model: stochastic_sampling is not supported, seeds could not be honoured")
         self.info = self._info(limits)
-        self.group: SPGroup | None = None
         self._parallel = [
             SequenceParallel(transformer, self.shard_plan(transformer), kernel, self.attention_kinds)
             for transformer in self.transformers()
@@ -106,12 +105,10 @@ class ModelAdapter(ABC):
     @contextmanager
     def over(self, group: SPGroup | None) -> Iterator[None]:
         """Predict over `group` inside; None is one GPU alone. All members must enter together."""
-        self.group = group
         with ExitStack() as stack:
             for parallel in self._parallel:
                 stack.enter_context(parallel.over(group))
             yield
-        self.group = None
 
     @abstractmethod
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:

@@ -27,7 +27,12 @@ ENVIRONMENT = {
 }
 
 
+OTHER_NAMES = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
+"""torch reads the first and only without it the second."""
+
+
 def set_environment() -> None:
     """Set what is not set yet. Without effect on a CPU."""
     for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        if OTHER_NAMES.get(name) not in os.environ:
+            os.environ.setdefault(name, value)

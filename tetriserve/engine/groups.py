@@ -190,14 +190,16 @@ class GroupTable:
             group.close()
 
     def leave(self, gpus: tuple[int, ...], seq: int) -> None:
-        """Range `seq` over a set failed: tear its group down, unless a later range built it. From which thread: as
-        `drop`."""
+        """Range `seq` over a set failed: tear its group down, unless a later range built it, and all that this range
+        built (warming builds several). From which thread: as `drop`."""
         with self._lock:
-            found = self._groups.get(gpus)
-            if found is None or found.seq > seq:
-                return
-            del self._groups[gpus]
-        found.close()
+            torn = [
+                self._groups.pop(known)
+                for known, group in list(self._groups.items())
+                if group.seq == seq or (known == gpus and group.seq < seq)
+            ]
+        for group in torn:
+            group.close()
 
     def close(self) -> None:
         """Leave the cell."""

@@ -52,6 +52,10 @@ ON_HOPPER = [
 and on no other GPU (huggingface/transformers#48163)."""
 
 
+MASKABLE = ("native", "_native_cudnn", "_native_efficient", "_native_math", "flex")
+"""diffusers' backends that take a mask; where there is one, "native" stands in for the others."""
+
+
 def attention_kernel(name: str, device: torch.device) -> Kernel:
     """The kernel called `name`: "auto", a diffusers backend ("native", "flash", ...), "xfuser" or "xfuser:NAME".
 
@@ -79,8 +83,9 @@ def attention_kernel(name: str, device: torch.device) -> Kernel:
         scale: float | None = None,
         gqa: bool = False,
     ) -> torch.Tensor:
+        chosen = backend if mask is None or name in MASKABLE else AttentionBackendName.NATIVE
         return dispatch_attention_fn(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa, backend=backend
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa, backend=chosen
         )
 
     return kernel

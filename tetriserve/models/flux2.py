@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -41,7 +40,7 @@ class Flux2KleinAdapter(ModelAdapter):
             text_tokens=self._text_tokens,
             heads=config.num_attention_heads,
             cfg_field="guidance_scale",
-            cfg_above=math.inf if distilled else 1.0,
+            cfg_above=None if distilled else 1.0,
             min_pixels=(8 * side) ** 2,
             max_pixels=limits.max_pixels,
             max_side=limits.max_pixels // (8 * side),

@@ -10,11 +10,15 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.engine.sequence import Joint, ShardPlan
+from tetriserve.errors import ConfigError
 from tetriserve.models.flow import set_timesteps, shift
 from tetriserve.request import GenerateRequest, ModelInfo
 
-TURBO_STEPS = 9
-"""Eight evaluations of the model, as its card has it; it is distilled and takes no guidance."""
+TURBO_STEPS = 8
+"""Of Z-Image-Turbo, which is distilled and takes no guidance."""
+
+TEXT_MULTIPLE = 32
+"""The transformer pads text to a multiple of this."""
 
 FOLLOWS_TOKENS = dict.fromkeys(("attn_mask", "freqs_cis", "noise_mask"), Joint(1, ("x",)))
 
@@ -32,6 +36,12 @@ class ZImageAdapter(ModelAdapter):
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         self._text_tokens = limits.max_sequence_length or 512
+        # a text and the place behind it have to fit the table of places
+        longest = (config.axes_lens[0] - 1) // TEXT_MULTIPLE * TEXT_MULTIPLE
+        if self._text_tokens > longest:
+            raise ConfigError(
+                f"model.max_sequence_length: {self._text_tokens}, this Z-Image allows at most {longest}"
+            )
         side = 2 * pipeline.vae_scale_factor
         turbo = "turbo" in limits.name.lower()  # nothing in its folder says so
         return ModelInfo(
