@@ -34,5 +34,5 @@ OTHER_NAMES = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
 def set_environment() -> None:
     """Set what is not set yet. Without effect on a CPU."""
     for name, value in ENVIRONMENT.items():
-        if OTHER_NAMES.get(name) not in os.environ:
+        if OTHER_NAMES.get(name, name) not in os.environ:
             os.environ.setdefault(name, value)
