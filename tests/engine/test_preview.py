@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ class LinearVAE:
 
     def __init__(self, channels: int) -> None:
         self.device = CPU
-        self.pipeline = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(latent_channels=channels)))
+        self.latent_channels = channels
         self.colors = torch.randn(channels + 1, 3, generator=torch.Generator().manual_seed(1)) / channels
         self.decodes = 0
 
