@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_folders import tiny_flux, tiny_sd3
+from model_folders import tiny_flux, tiny_flux2_klein, tiny_qwen_image, tiny_sd3
 
 from tetriserve.engine import preview
 from tetriserve.engine.adapter import ModelLimits
@@ -60,9 +60,14 @@ def test_a_linear_decoder_is_found_exactly(channels: int) -> None:
     assert np.abs(rgb - expected.clamp(0, 255).numpy()).max() <= 1
 
 
-@pytest.fixture(scope="module", params=["flux", "sd3"])
+@pytest.fixture(scope="module", params=["flux", "sd3", "qwen-image", "flux2-klein"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    make = {"flux": tiny_flux, "sd3": tiny_sd3}[request.param]
+    make = {
+        "flux": tiny_flux,
+        "sd3": tiny_sd3,
+        "qwen-image": tiny_qwen_image,
+        "flux2-klein": tiny_flux2_klein,
+    }[request.param]
     torch.set_num_threads(1)
     folder: Path = make(tmp_path_factory.mktemp("models") / request.param)
     limits = ModelLimits("m", max_sequence_length=30)

@@ -35,9 +35,9 @@ class ZImageAdapter(ModelAdapter):
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
-        self._text_tokens = limits.max_sequence_length or 512
         # a text and the place behind it have to fit the table of places
         longest = (config.axes_lens[0] - 1) // TEXT_MULTIPLE * TEXT_MULTIPLE
+        self._text_tokens = limits.max_sequence_length or min(512, longest)
         if self._text_tokens > longest:
             raise ConfigError(
                 f"model.max_sequence_length: {self._text_tokens}, this Z-Image allows at most {longest}"
