@@ -32,6 +32,13 @@ class ModelLimits:
     max_prompt_chars: int = 4096
     description: str = ""
 
+    def text_tokens(self, default: int, longest: int, model: str) -> int:
+        """Tokens of a prompt: what the owner wants, else `default`. Raises `ConfigError` above `longest`."""
+        wanted = self.max_sequence_length or default
+        if wanted > longest:
+            raise ConfigError(f"model.max_sequence_length: {wanted}, {model} allows at most {longest}")
+        return wanted
+
 
 @dataclass
 class RequestState:

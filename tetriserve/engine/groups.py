@@ -43,6 +43,11 @@ LOOPBACK = "127.0.0.1"
 (`environment`)."""
 
 
+IN_STREAM = dist.AllToAllOptions()
+"""NCCL stays on the stream that computes, and there is nothing to wait for."""
+IN_STREAM.asyncOp = False
+
+
 @dataclass
 class SPGroup:
     """A GPU set that runs one step together; `rank` is this GPU's place in it, `seq` the range that built it."""
@@ -96,10 +101,8 @@ class SPGroup:
         backend = self.backend
         if backend is None:
             raise GivenUp(f"the group of GPUs {self.gpus} was left")
-        options = dist.AllToAllOptions()
-        options.asyncOp = False  # NCCL stays on the stream that computes, and there is nothing to wait for
         try:
-            work = backend.alltoall_base(got, sent, list(rows), list(sent_rows), options)
+            work = backend.alltoall_base(got, sent, list(rows), list(sent_rows), IN_STREAM)
             if work is not None:
                 work.wait()
         except RuntimeError as error:

@@ -8,7 +8,6 @@ import torch
 from diffusers import FluxPipeline
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
-from tetriserve.errors import ConfigError
 from tetriserve.models.flow import set_timesteps, shift
 from tetriserve.request import GenerateRequest, ModelInfo
 
@@ -22,10 +21,8 @@ class FluxAdapter(ModelAdapter):
         config = self.pipeline.transformer.config
         self._distilled = bool(config.guidance_embeds)
         longest = 512 if self._distilled else 256  # schnell was trained on 256 text tokens
-        self._text_tokens = limits.max_sequence_length or longest
+        self._text_tokens = limits.text_tokens(longest, 512, "FLUX")
         self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
-        if self._text_tokens > 512:
-            raise ConfigError(f"model.max_sequence_length: {self._text_tokens}, FLUX allows at most 512")
         side = self.pipeline.vae_scale_factor * 2
         return ModelInfo(
             name=limits.name,

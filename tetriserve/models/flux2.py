@@ -10,7 +10,6 @@ from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
-from tetriserve.errors import ConfigError
 from tetriserve.models.flow import set_timesteps
 from tetriserve.request import GenerateRequest, ModelInfo
 
@@ -24,13 +23,8 @@ class Flux2KleinAdapter(ModelAdapter):
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
-        self._text_tokens = limits.max_sequence_length or 512
+        self._text_tokens = limits.text_tokens(512, pipeline.tokenizer_max_length, "FLUX.2")
         self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
-        if self._text_tokens > pipeline.tokenizer_max_length:
-            longest = pipeline.tokenizer_max_length
-            raise ConfigError(
-                f"model.max_sequence_length: {self._text_tokens}, FLUX.2 allows at most {longest}"
-            )
         side, distilled = 2 * pipeline.vae_scale_factor, bool(pipeline.config.is_distilled)
         return ModelInfo(
             name=limits.name,

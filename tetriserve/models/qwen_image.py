@@ -6,7 +6,6 @@ import torch
 from diffusers import QwenImagePipeline
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
-from tetriserve.errors import ConfigError
 from tetriserve.models.flow import set_timesteps, shift
 from tetriserve.request import GenerateRequest, ModelInfo
 
@@ -20,12 +19,7 @@ class QwenImageAdapter(ModelAdapter):
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
-        self._text_tokens = limits.max_sequence_length or 512
-        if self._text_tokens > pipeline.tokenizer_max_length:
-            longest = pipeline.tokenizer_max_length
-            raise ConfigError(
-                f"model.max_sequence_length: {self._text_tokens}, Qwen-Image allows at most {longest}"
-            )
+        self._text_tokens = limits.text_tokens(512, pipeline.tokenizer_max_length, "Qwen-Image")
         side = 2 * pipeline.vae_scale_factor
         return ModelInfo(
             name=limits.name,

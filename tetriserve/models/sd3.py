@@ -11,7 +11,6 @@ from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.engine.sequence import ShardPlan
-from tetriserve.errors import ConfigError
 from tetriserve.models.flow import shift
 from tetriserve.request import GenerateRequest, ModelInfo
 
@@ -24,9 +23,7 @@ class SD3Adapter(ModelAdapter):
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
-        self._t5_tokens = limits.max_sequence_length or 256
-        if self._t5_tokens > 512:
-            raise ConfigError(f"model.max_sequence_length: {self._t5_tokens}, SD3 allows at most 512")
+        self._t5_tokens = limits.text_tokens(256, 512, "SD3")
         side = pipeline.vae_scale_factor * config.patch_size
         return ModelInfo(
             name=limits.name,

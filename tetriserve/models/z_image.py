@@ -10,7 +10,6 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.engine.sequence import Joint, ShardPlan
-from tetriserve.errors import ConfigError
 from tetriserve.models.flow import set_timesteps, shift
 from tetriserve.request import GenerateRequest, ModelInfo
 
@@ -37,11 +36,7 @@ class ZImageAdapter(ModelAdapter):
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         # a text and the place behind it have to fit the table of places
         longest = (config.axes_lens[0] - 1) // TEXT_MULTIPLE * TEXT_MULTIPLE
-        self._text_tokens = limits.max_sequence_length or min(512, longest)
-        if self._text_tokens > longest:
-            raise ConfigError(
-                f"model.max_sequence_length: {self._text_tokens}, this Z-Image allows at most {longest}"
-            )
+        self._text_tokens = limits.text_tokens(min(512, longest), longest, "this Z-Image")
         side = 2 * pipeline.vae_scale_factor
         turbo = "turbo" in limits.name.lower()  # nothing in its folder says so
         return ModelInfo(
