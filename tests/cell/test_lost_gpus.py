@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ class SlowReplica(GPUReplica):
             number = int(blow.read_text())
             blow.unlink()
             os.kill(os.getpid(), number)
+            threading.Event().wait()  # a stop reaches this thread only when the main thread has taken the signal
         super().warm(sets, seq)
 
     def pid(self) -> int:
