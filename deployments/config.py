@@ -37,6 +37,9 @@ class ModelArgs(_Section):
     default_steps: int | None = Field(None, ge=1, le=200, description="Default: the pipeline's own.")
     max_steps: int = Field(200, ge=1, le=200)
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="Largest height x width.")
+    max_frames: int | None = Field(
+        None, ge=1, description="Longest clip of a model that makes videos; default: the family's own."
+    )
     max_prompt_chars: int = Field(4096, ge=1)
 
 
@@ -157,7 +160,9 @@ class ProfileArgs(_Section):
 
     path: str | None = Field(None, description="A profile file (see `tetriserve profile`).")
     shapes: tuple[str, ...] = Field(
-        ("256x256", "512x512", "1024x1024"), min_length=1, description='"HxW" shapes to measure.'
+        ("256x256", "512x512", "1024x1024"),
+        min_length=1,
+        description='"HxW" shapes to measure, "HxWxF" of clips.',
     )
     warmup: int = Field(1, ge=0, le=20, description="Steps before the measured ones, per shape and degree.")
     repeats: int = Field(

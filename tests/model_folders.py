@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
+    ByT5Tokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tetriserve.models.embedded.build import make_flux, make_text_stack, make_vae
@@ -168,19 +184,23 @@ def tiny_z_image(folder: Path) -> Path:
     return folder
 
 
-def tiny_qwen_image(folder: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = qwen_tokenizer()
-    text = {
+def qwen25_text(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
         "rope_theta": 1000000.0,
     }
+
+
+def tiny_qwen_image(folder: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    text = qwen25_text(tokenizer)
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     transformer = QwenImageTransformer2DModel(
         in_channels=64,
@@ -207,5 +227,85 @@ def tiny_qwen_image(folder: Path) -> Path:
         ),
         tokenizer=tokenizer,
         transformer=transformer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_wan(folder: Path, *, experts: bool = False, per_token: bool = False) -> Path:
+    """Wan 2.1, or 2.2 with two `experts` (A14B), or 2.2 with a time for each token (TI2V-5B)."""
+    torch.manual_seed(0)
+    tokenizer = make_text_stack(width=32)["t5_tokenizer"]
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    )
+
+    def transformer() -> WanTransformer3DModel:
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=4,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+
+    WanPipeline(
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1] * 16,
+            latents_std=[1.5] * 16,
+        ),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer(),
+        transformer_2=transformer() if experts else None,
+        boundary_ratio=0.875 if experts else None,
+        expand_timesteps=per_token,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_hunyuan_video(folder: Path) -> Path:
+    """HunyuanVideo-1.5, text to video; its text has 1985 tokens, always."""
+    torch.manual_seed(0)
+    tokenizer, glyphs = qwen_tokenizer(), ByT5Tokenizer()
+    HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**qwen25_text(tokenizer))),
+        tokenizer=tokenizer,
+        transformer=HunyuanVideo15Transformer3DModel(
+            in_channels=33,
+            out_channels=16,
+            num_attention_heads=4,
+            attention_head_dim=12,
+            num_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=32,
+            text_embed_2_dim=24,
+            image_embed_dim=20,
+            rope_axes_dim=(4, 4, 4),
+            task_type="t2v",
+        ),
+        vae=AutoencoderKLHunyuanVideo15(
+            latent_channels=16,
+            block_out_channels=(32, 32, 32, 32, 32),
+            layers_per_block=1,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(glyphs), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        tokenizer_2=glyphs,
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
     ).save_pretrained(folder, safe_serialization=True)
     return folder

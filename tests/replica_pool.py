@@ -14,7 +14,12 @@ from solver.placement import group_sets
 
 
 def _serve(
-    gpu: int, n_gpus: int, meeting: Path, folders: dict[str, Path], text_tokens: int, pipe: Any
+    gpu: int,
+    n_gpus: int,
+    meeting: Path,
+    folders: dict[str, Path],
+    text_tokens: dict[str, int | None],
+    pipe: Any,
 ) -> None:
     from tetriserve.engine.adapter import ModelLimits
     from tetriserve.engine.engine import Engine
@@ -30,7 +35,7 @@ def _serve(
         name: Engine(
             load_model(
                 str(folder),
-                ModelLimits(name, max_sequence_length=text_tokens),
+                ModelLimits(name, max_sequence_length=text_tokens[name]),
                 attention_kernel("auto", device),
                 dtype=torch.float32,
                 device=device,
@@ -53,9 +58,9 @@ def _serve(
 
 
 class ReplicaPool:
-    """`n_gpus` processes, each holding every model of `folders`."""
+    """`n_gpus` processes, each holding every model of `folders`, of so many text tokens (None: its own)."""
 
-    def __init__(self, n_gpus: int, folders: dict[str, Path], text_tokens: int) -> None:
+    def __init__(self, n_gpus: int, folders: dict[str, Path], text_tokens: dict[str, int | None]) -> None:
         self._meeting = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
         self.n_gpus = n_gpus

@@ -19,7 +19,7 @@ MET_SLACK_S = 1e-6
 
 
 class Shape(NamedTuple):
-    """Output size in pixels; `frames` is 1 for an image. Written "HxW" or "HxWxF" in profiles."""
+    """Output size in pixels; `frames` is 1 for a picture. Written "HxW" or "HxWxF" in profiles."""
 
     height: int
     width: int
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One picture to make. `None` means the model's own default.
+    """One picture or clip to make. `None` means the model's own default.
 
     Attributes:
         slo_s: seconds from arrival within which the caller wants the result; None for the server's default.
@@ -57,6 +57,9 @@ class GenerateRequest:
         priority: tie-break between requests with equal deadlines, larger first.
         previews: how many rough pictures to make on the way, at most; only `stream` shows them. They cost no step and
             change nothing of the picture.
+        num_frames: more than one only for models that make videos.
+        guidance_scale_2: of models whose second transformer takes over at low noise (Wan 2.2); the default is
+            `guidance_scale` where that is given.
         request_id: made by the server when None; must be unique among open requests.
         repeatable: the caller may send it again under the same `request_id`, and gets the same result while it is
             open and for some minutes after.
@@ -82,12 +85,14 @@ class GenerateRequest:
     user: str | None = None
     repeatable: bool = False
     previews: int = 0
+    num_frames: int = 1
+    guidance_scale_2: float | None = None
     client: str | None = field(default=None, repr=False)
     waited_s: float = 0.0
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.height, self.width)
+        return Shape(self.height, self.width, self.num_frames)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,9 @@ class ModelInfo:
         heads: attention heads; a degree that does not divide them runs ring attention.
         cfg_field: the request field that switches classifier-free guidance on when above `cfg_above` (None: never)
             ("true_cfg_scale" beside a negative prompt, or "guidance_scale").
+        frame_step: frames that make one more frame of latents; the first frame is one by itself.
+        max_frames: 1 for models that make pictures only.
+        default_guidance_scale_2: None for models with one guidance scale.
     """
 
     name: str
@@ -121,10 +129,14 @@ class ModelInfo:
     """One line for people: where the weights come from."""
     cfg_above: float | None = 1.0
     default_true_cfg_scale: float = 1.0
+    default_guidance_scale_2: float | None = None
+    frame_step: int = 1
+    max_frames: int = 1
 
     def tokens(self, shape: Shape) -> int:
-        """Image tokens of a shape, the length that sequence parallelism shards."""
-        return (shape.height // self.token_pixels) * (shape.width // self.token_pixels) * shape.frames
+        """Tokens of a picture or clip, the length that sequence parallelism shards."""
+        frames = (shape.frames - 1) // self.frame_step + 1
+        return (shape.height // self.token_pixels) * (shape.width // self.token_pixels) * frames
 
     def why_not_shape(self, shape: Shape) -> str | None:
         """The reason why a shape cannot be served, or None."""
@@ -135,12 +147,24 @@ class ModelInfo:
                 return f"{name} {side} is not a positive multiple of {self.size_multiple} (nearest: {near})"
             if side > self.max_side:
                 return f"{name} {side} is above {self.max_side}, the longest side of {self.name}"
-        if not self.min_pixels <= shape.pixels <= self.max_pixels:
+        pixels = shape.height * shape.width
+        if not self.min_pixels <= pixels <= self.max_pixels:
             return (
-                f"{shape.width}x{shape.height} has {shape.pixels} pixels, allowed are "
+                f"{shape.width}x{shape.height} has {pixels} pixels, allowed are "
                 f"{self.min_pixels} to {self.max_pixels}"
             )
-        return None
+        return self.why_not_frames(shape.frames)
+
+    def why_not_frames(self, frames: int) -> str | None:
+        """The reason why a number of frames cannot be served, or None."""
+        if self.max_frames == 1:
+            return None if frames == 1 else f"{frames} frames, {self.name} makes pictures: 1 is allowed"
+        step = self.frame_step
+        if 1 <= frames <= self.max_frames and (frames - 1) % step == 0:
+            return None
+        last = (self.max_frames - 1) // step * step + 1
+        near = min(max(1, (frames - 1 + step // 2) // step * step + 1), last)
+        return f"{frames} frames, allowed are 1 + a multiple of {step}, up to {last} (nearest: {near})"
 
     def why_not_degree(self, shape: Shape, degree: int) -> str | None:
         """The reason why a shape cannot run at a sequence-parallel degree, or None."""
@@ -174,16 +198,23 @@ class ModelInfo:
             length = len(getattr(request, name) or "")
             if length > self.max_prompt_chars:
                 raise InvalidRequest(name, f"{length} characters, at most {self.max_prompt_chars}")
+        reason = self.why_not_frames(request.num_frames)
+        if reason:
+            raise InvalidRequest("num_frames", reason)
         reason = self.why_not_shape(request.shape)
         if reason:
             raise InvalidRequest("size", reason)
         steps = request.num_inference_steps
         if steps is not None and not 1 <= steps <= self.max_steps:
             raise InvalidRequest("num_inference_steps", f"{steps}, allowed are 1 to {self.max_steps}")
-        for name in ("guidance_scale", "true_cfg_scale"):
+        for name in ("guidance_scale", "guidance_scale_2", "true_cfg_scale"):
             value = getattr(request, name)
             if value is not None and not 0 <= value <= 20:
                 raise InvalidRequest(name, f"{value}, allowed are 0 to 20")
+        if request.guidance_scale_2 is not None and self.default_guidance_scale_2 is None:
+            raise InvalidRequest(
+                "guidance_scale_2", f"{self.name} has one transformer, and takes guidance_scale"
+            )
         if request.seed is not None and not 0 <= request.seed < 2**63:
             raise InvalidRequest("seed", f"{request.seed}, allowed are 0 to 2**63 - 1")
         if request.slo_s is not None and not 0 < request.slo_s < float("inf"):
@@ -324,7 +355,7 @@ class CellStatus:
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """A finished picture: `image` is uint8 [height, width, 3]."""
+    """A finished picture, `image` uint8 [height, width, 3], or clip, uint8 [frames, height, width, 3]."""
 
     request_id: str
     image: np.ndarray

@@ -14,6 +14,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from record import Place
@@ -33,6 +34,9 @@ SD35_LARGE: dict[str, Any] = {
     "qk_norm": "rms_norm",
 }
 """huggingface.co/stabilityai/stable-diffusion-3.5-large, transformer/config.json"""
+
+WAN_1_3B: dict[str, Any] = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
+"""huggingface.co/Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json"""
 
 
 @contextmanager
@@ -116,6 +120,12 @@ def make_qwen_image(place: Place) -> Any:
     """The transformer of Qwen-Image, as Z-Image's; 41 GB."""
     small = {"num_layers": 2, "num_attention_heads": 2} if place.small else {}
     return _made(place, QwenImageTransformer2DModel, **small)
+
+
+def make_wan(place: Place) -> Any:
+    """The transformer of Wan 2.1 1.3B."""
+    small = {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 256} if place.small else {}
+    return _made(place, WanTransformer3DModel, **{**WAN_1_3B, **small})
 
 
 def _made(place: Place, kind: Any, **config: Any) -> Any:

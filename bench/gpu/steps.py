@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
-from models import bytes_of, make_qwen_image, make_sd35, make_z_image, twin, write_flux
+from models import bytes_of, make_qwen_image, make_sd35, make_wan, make_z_image, twin, write_flux
 from record import GIB, Place, Rows, host_peak_gib
 from transformers import CLIPTextModel, T5EncoderModel
 
@@ -298,10 +298,22 @@ def z_image_inputs(model: Any, side: int, batch: int) -> dict[str, Any]:
     }
 
 
+def wan_inputs(model: Any, side: int, batch: int) -> dict[str, Any]:
+    """Of 17 frames."""
+    config, on = model.config, on_model(model)
+    return {
+        "hidden_states": torch.randn(batch, config.in_channels, 5, side // 8, side // 8, **on),
+        "encoder_hidden_states": torch.randn(batch, 512, config.text_dim, **on),
+        "timestep": torch.ones(batch, **on),
+        "return_dict": False,
+    }
+
+
 FAMILIES: dict[str, tuple[Callable[[Place], Any], Callable[[Any, int, int], dict[str, Any]]]] = {
     "SD3.5 large": (make_sd35, sd35_inputs),
     "Z-Image": (make_z_image, z_image_inputs),
     "Qwen-Image": (make_qwen_image, qwen_inputs),
+    "Wan 2.1 1.3B": (make_wan, wan_inputs),
 }
 
 

@@ -205,6 +205,7 @@ class GPUReplica:
             default_steps=model.default_steps,
             max_steps=model.max_steps,
             max_pixels=model.max_pixels,
+            max_frames=model.max_frames,
             max_prompt_chars=model.max_prompt_chars,
             description=DESCRIPTION if model.path in EMBEDDED else "",
         )

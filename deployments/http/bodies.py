@@ -68,6 +68,7 @@ COPIED = (
     "model",
     "negative_prompt",
     "guidance_scale",
+    "guidance_scale_2",
     "true_cfg_scale",
     "user",
     "drop_late",
@@ -119,6 +120,11 @@ class ImageRequest(BaseModel):
     num_inference_steps: Integer | None = Field(None, json_schema_extra={"minimum": 1, "maximum": 200})
     num_steps: Integer | None = Field(None, description="Used when num_inference_steps is absent.")
     guidance_scale: Number | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
+    guidance_scale_2: Number | None = Field(
+        None,
+        description="Of a second transformer that takes over at low noise; default: guidance_scale.",
+        json_schema_extra={"minimum": 0, "maximum": 20},
+    )
     true_cfg_scale: Number | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
     seed: Integer | None = Field(None, json_schema_extra={"minimum": 0})
     user: str | None = None

@@ -54,7 +54,12 @@ def test_all_parts_end_well_and_say_what_they_should(results: Path) -> None:
     assert all(row["latents_differ"] == 0 for row in raw["flux"] if "latents_differ" in row)
     assert all(row["equal"] for row in raw["flux"] if "equal" in row)
     assert {row["degree"] for row in raw["flux"] if "degree" in row} == {1, 2, 4, 8}
-    assert {row["family"] for row in raw["families"]} == {"SD3.5 large", "Z-Image", "Qwen-Image"}
+    assert {row["family"] for row in raw["families"]} == {
+        "SD3.5 large",
+        "Z-Image",
+        "Qwen-Image",
+        "Wan 2.1 1.3B",
+    }
     assert {row["batch"] for row in raw["batches"]} == {row["batch"] for row in raw["families"]} == {1, 2}
     assert all(0 < row["added"] < row["total"] for row in raw["stack"] if "added" in row)
 

@@ -14,13 +14,21 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_folders import tiny_flux, tiny_flux2_klein, tiny_qwen_image, tiny_sd3, tiny_z_image
+from model_folders import (
+    tiny_flux,
+    tiny_flux2_klein,
+    tiny_hunyuan_video,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_wan,
+    tiny_z_image,
+)
 from replica_pool import ReplicaPool
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, picture
 from tetriserve.engine.engine import is_out_of_memory
 from tetriserve.engine.kernels import attention_kernel
-from tetriserve.errors import ConfigError
+from tetriserve.errors import ConfigError, InvalidRequest
 from tetriserve.models.load import load_model
 from tetriserve.request import GenerateRequest, Shape
 
@@ -29,6 +37,10 @@ TEXT_TOKENS = 30  # 4 does not divide it
 STEPS = 6
 CPU = torch.device("cpu")
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def text_tokens(model: str) -> int | None:
+    return None if model == "hunyuan-video" else TEXT_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +55,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen-image": tiny_qwen_image(root / "qwen-image"),
         "flux2-klein": tiny_flux2_klein(root / "flux2-klein", distilled=True),
         "flux2-klein-base": tiny_flux2_klein(root / "flux2-klein-base"),
+        "wan2.1": tiny_wan(root / "wan2.1"),
+        "wan2.2": tiny_wan(root / "wan2.2", experts=True),
+        "wan2.2-ti2v": tiny_wan(root / "wan2.2-ti2v", per_token=True),
+        "hunyuan-video": tiny_hunyuan_video(root / "hunyuan-video"),
     }
 
 
 @pytest.fixture(scope="module")
 def pool(folders: dict[str, Path]):
-    pool = ReplicaPool(N_GPUS, folders, TEXT_TOKENS)
+    pool = ReplicaPool(N_GPUS, folders, {name: text_tokens(name) for name in folders})
     yield pool
     pool.close()
 
@@ -70,25 +86,36 @@ def plain(folders: dict[str, Path]):
         if (model, request) not in results:
             options = {
                 name: getattr(request, name)
-                for name in ("guidance_scale", "true_cfg_scale", "negative_prompt")
+                for name in ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "negative_prompt")
                 if getattr(request, name) is not None
             }
             if model == "flux-schnell":
                 options.setdefault("guidance_scale", 0.0)
+            if text_tokens(model):
+                options["max_sequence_length"] = TEXT_TOKENS
+            video = adapters[model].info.max_frames > 1
+            if video:
+                options["num_frames"] = request.num_frames
+            if model == "hunyuan-video":
+                pipeline, scale = pipelines[model], options.pop("guidance_scale", 6.0)
+                pipeline.guider = pipeline.guider.new(guidance_scale=scale)
 
             def generate(output_type: str):
-                return pipelines[model](
+                made = pipelines[model](
                     prompt=request.prompt,
                     height=request.height,
                     width=request.width,
                     num_inference_steps=request.num_inference_steps,
                     generator=torch.Generator().manual_seed(request.seed),
-                    max_sequence_length=TEXT_TOKENS,
                     output_type=output_type,
                     **options,
-                ).images
+                )
+                return made.frames if video else made.images
 
-            results[model, request] = generate("latent"), np.asarray(generate("pil")[0])
+            picture = generate("pil")[0]
+            if request.num_frames == 1 and video:
+                (picture,) = picture
+            results[model, request] = generate("latent"), np.asarray(picture)
         unpacked = partial(adapters[model].spatial, request) if model.startswith("flux2") else torch.clone
         return *results[model, request], unpacked
 
@@ -98,7 +125,7 @@ def plain(folders: dict[str, Path]):
 def load(folder: Path, kernel: str = "auto", dtype: torch.dtype = torch.float32, **limits):
     return load_model(
         str(folder),
-        ModelLimits("m", max_sequence_length=TEXT_TOKENS, **limits),
+        ModelLimits("m", max_sequence_length=text_tokens(folder.name), **limits),
         attention_kernel(kernel, CPU),
         dtype=dtype,
         device=CPU,
@@ -188,6 +215,35 @@ REQUESTS = {
     "qwen-image odd": (
         "qwen-image",
         GenerateRequest("a star", 112, 208, STEPS, negative_prompt="a cross", seed=14),
+    ),
+    # 3 frames of latents, 273 tokens
+    "wan 2.1 odd": ("wan2.1", GenerateRequest("a star", 112, 208, STEPS, num_frames=9, seed=18)),
+    "wan 2.1 picture": (
+        "wan2.1",
+        GenerateRequest("a star", 128, 128, STEPS, guidance_scale=1.0, seed=19),
+    ),
+    "wan 2.2": (
+        "wan2.2",
+        GenerateRequest(
+            "a star",
+            128,
+            144,
+            STEPS,
+            guidance_scale=4.0,
+            guidance_scale_2=3.0,
+            negative_prompt="a cross",
+            num_frames=5,
+            seed=20,
+        ),
+    ),
+    "wan 2.2 ti2v odd": ("wan2.2-ti2v", GenerateRequest("a star", 112, 208, STEPS, num_frames=5, seed=21)),
+    "hunyuan-video odd": (
+        "hunyuan-video",
+        GenerateRequest('a star says "hello"', 112, 208, STEPS, num_frames=9, seed=22),
+    ),
+    "hunyuan-video unguided picture": (
+        "hunyuan-video",
+        GenerateRequest("a star", 128, 128, STEPS, guidance_scale=1.0, seed=23),
     ),
     "qwen-image guided": (
         "qwen-image",
@@ -389,6 +445,35 @@ def test_model_limits(folders) -> None:
     assert "above 1024" in info.why_not_shape(Shape(2048, 16))
     assert info.why_not_degree(Shape(256, 256), 4) is None
     assert "tokens" in info.why_not_degree(Shape(128, 128), 100)
+
+
+def test_frames_are_part_of_the_shape(folders) -> None:
+    info = load(folders["wan2.1"], max_frames=16).info
+    assert info.tokens(Shape(128, 144, 9)) == 3 * 8 * 9
+    assert info.why_not_shape(Shape(128, 144, 9)) is info.why_not_shape(Shape(128, 144)) is None
+    for frames, nearest in ((2, 1), (8, 9), (11, 13), (12, 13), (13 + 4, 13), (10**6, 13), (0, 1), (-8, 1)):
+        with pytest.raises(InvalidRequest, match=rf"num_frames.* up to 13 \(nearest: {nearest}\)"):
+            info.check(GenerateRequest("a star", 128, 144, num_frames=frames))
+    picture = load(folders["sd3"]).info
+    with pytest.raises(InvalidRequest, match="m makes pictures: 1 is allowed"):
+        picture.check(GenerateRequest("a star", 128, 144, num_frames=5))
+    with pytest.raises(InvalidRequest, match="guidance_scale_2: m has one transformer"):
+        info.check(GenerateRequest("a star", 128, 144, guidance_scale_2=2.0))
+
+
+def test_a_second_scale_follows_the_first_unless_it_is_given(folders) -> None:
+    resolve = load(folders["wan2.2"]).resolve
+    request = GenerateRequest("a star", 128, 144)
+    scales = [
+        (resolved.guidance_scale, resolved.guidance_scale_2)
+        for resolved in (
+            resolve(request),
+            resolve(replace(request, guidance_scale=6.0)),
+            resolve(replace(request, guidance_scale=6.0, guidance_scale_2=2.0)),
+            resolve(replace(request, guidance_scale_2=2.0)),
+        )
+    ]
+    assert scales == [(4.0, 3.0), (6.0, 6.0), (6.0, 2.0), (4.0, 2.0)]
 
 
 def test_loading_refuses_what_it_cannot_serve(tmp_path: Path) -> None:

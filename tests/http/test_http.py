@@ -214,6 +214,7 @@ def test_first_failure_of_n_cancels_the_others() -> None:
         ({"guidance_scale": 21}, "guidance_scale"),
         ({"guidance_scale": True}, "guidance_scale"),
         ({"true_cfg_scale": -1}, "true_cfg_scale"),
+        ({"guidance_scale_2": 2}, "guidance_scale_2"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63 - 1, "n": 2}, "seed"),
         ({"seed": 10**400}, "seed"),

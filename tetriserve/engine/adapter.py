@@ -29,6 +29,7 @@ class ModelLimits:
     default_steps: int | None = None
     max_steps: int = 200
     max_pixels: int = 2048 * 2048
+    max_frames: int | None = None
     max_prompt_chars: int = 4096
     description: str = ""
 
@@ -39,33 +40,64 @@ class ModelLimits:
             raise ConfigError(f"model.max_sequence_length: {wanted}, {model} allows at most {longest}")
         return wanted
 
+    def info(self, *, family: str, side: int, steps: int, **of_family: Any) -> ModelInfo:
+        """What the outside may know of a model of that family.
+
+        Args:
+            side: pixels along one side of a token; sizes are multiples of it.
+            steps: by default.
+            of_family: the other fields of `ModelInfo`.
+        """
+        limits = {
+            "max_side": self.max_pixels // (8 * side),
+            "default_steps": self.default_steps or steps,
+            "max_frames": 1,
+        }
+        return ModelInfo(
+            name=self.name,
+            family=family,
+            size_multiple=side,
+            token_pixels=side,
+            min_pixels=(8 * side) ** 2,
+            max_pixels=self.max_pixels,
+            max_steps=self.max_steps,
+            max_prompt_chars=self.max_prompt_chars,
+            description=self.description,
+            **{**limits, **of_family},
+        )
+
 
 @dataclass
 class RequestState:
     """A request on a GPU between two steps.
 
     Attributes:
-        conditioning: what the encoders made of the prompt; constant.
+        conditioning: what the encoders made of the prompt, tensors or plain values; constant.
         latents: as the pipeline's step loop holds them, batch 1.
         sampler: this request's own diffusers scheduler (they are not thread-safe and hold step state).
         step: denoising steps done.
     """
 
     request: GenerateRequest
-    conditioning: dict[str, torch.Tensor]
+    conditioning: dict[str, Any]
     latents: torch.Tensor
     sampler: Any
     step: int = 0
 
 
 def picture(pixels: torch.Tensor) -> np.ndarray:
-    """[1, 3, height, width], about -1 to 1, to uint8 [height, width, 3].
+    """[1, 3, height, width], about -1 to 1, to uint8 [height, width, 3]; frames, if any, come before height.
 
     What diffusers' image processor makes of it, to the bit, but made where the pixels are: a quarter of the bytes
     come to the host, and nothing is left to be computed there while the device waits.
     """
-    levels = (pixels[0] * 0.5 + 0.5).clamp(0, 1).float() * 255
-    return levels.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    return eight_bit((pixels[0] * 0.5 + 0.5).clamp(0, 1))
+
+
+def eight_bit(colors: torch.Tensor) -> np.ndarray:
+    """[3, ...], 0 to 1, to uint8 [..., 3] on the host."""
+    levels = colors.float() * 255
+    return levels.round().to(torch.uint8).movedim(0, -1).contiguous().cpu().numpy()
 
 
 class ModelAdapter(ABC):
@@ -79,6 +111,8 @@ class ModelAdapter(ABC):
     family: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     attention_kinds: ClassVar[Kinds] = ()
+    in_float32: ClassVar[tuple[str, ...]] = ()
+    """Parts of the pipeline that are so in every dtype."""
 
     def __init__(self, pipeline: Any, limits: ModelLimits, kernel: Kernel) -> None:
         self.pipeline = pipeline
@@ -87,7 +121,7 @@ class ModelAdapter(ABC):
             raise ConfigError("model: stochastic_sampling is not supported, seeds could not be honoured")
         self.info = self._info(limits)
         self._parallel = [
-            SequenceParallel(transformer, self.shard_plan(transformer), kernel, self.attention_kinds)
+            SequenceParallel(transformer.eval(), self.shard_plan(transformer), kernel, self.attention_kinds)
             for transformer in self.transformers()
         ]
 
@@ -130,7 +164,8 @@ class ModelAdapter(ABC):
         """The transformer's prediction for the whole latents, guidance applied; runs on the current group."""
 
     def spatial(self, request: GenerateRequest, latents: torch.Tensor) -> torch.Tensor:
-        """The latents as the VAE sees them, [1, channels, height / 8, width / 8]."""
+        """The latents of a picture, or the first ones of a clip, as the VAE sees them: [1, channels, height / 8,
+        width / 8]."""
         return latents
 
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
@@ -140,20 +175,21 @@ class ModelAdapter(ABC):
         return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
     def decode(self, request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
-        """Finished latents to a picture, uint8 [height, width, 3]."""
+        """Finished latents to a picture, uint8 [height, width, 3], or clip, [frames, height, width, 3]."""
         return picture(self.pixels(self.spatial(request, latents)))
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         """The request with the model's defaults filled in."""
+        info, scale = self.info, request.guidance_scale
+        scales: dict[str, Any] = {
+            "guidance_scale": info.default_guidance_scale if scale is None else scale,
+            "guidance_scale_2": info.default_guidance_scale_2 if scale is None else scale,
+            "true_cfg_scale": info.default_true_cfg_scale,
+        }
         return replace(
             request,
-            num_inference_steps=request.num_inference_steps or self.info.default_steps,
-            guidance_scale=self.info.default_guidance_scale
-            if request.guidance_scale is None
-            else request.guidance_scale,
-            true_cfg_scale=self.info.default_true_cfg_scale
-            if request.true_cfg_scale is None
-            else request.true_cfg_scale,
+            num_inference_steps=request.num_inference_steps or info.default_steps,
+            **{name: default for name, default in scales.items() if getattr(request, name) is None},
         )
 
     def step(self, state: RequestState) -> torch.Tensor:

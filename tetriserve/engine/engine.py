@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class Engine:
         self.adapter = adapter
         self.groups = groups
         self._states: dict[str, RequestState] = {}
-        self._conditioning: dict[str, tuple[GenerateRequest, dict[str, torch.Tensor]]] = {}
+        self._conditioning: dict[str, tuple[GenerateRequest, dict[str, Any]]] = {}
         self._colors: torch.Tensor | None = None
 
     @property
@@ -59,7 +60,7 @@ class Engine:
         request = self.adapter.resolve(request)
         conditioning = self.adapter.encode(request)
         state = self.adapter.begin(request, conditioning)
-        self._conditioning[request_id] = (request, conditioning)
+        self._conditioning[request_id] = (request, state.conditioning)
         self._states[request_id] = state
         packed = pack_conditioning(state), pack_latents(state)
         return (self._report(started_s, started_s), *packed)
@@ -107,7 +108,7 @@ class Engine:
         conditioning: Conditioning | None = None,
         latents: Latents | None = None,
     ) -> tuple[Report, np.ndarray]:
-        """The finished picture, uint8 [height, width, 3]."""
+        """The finished picture, uint8 [height, width, 3], or clip, uint8 [frames, height, width, 3]."""
         started_s = self._start()
         state = self._state(request_id, None, conditioning, latents)
         switched_s = time.time()
@@ -147,7 +148,12 @@ class Engine:
         this raises.
         """
         request = GenerateRequest(
-            "a small red circle", shape.height, shape.width, num_inference_steps=warmup + repeats, seed=0
+            "a small red circle",
+            shape.height,
+            shape.width,
+            num_inference_steps=warmup + repeats,
+            num_frames=shape.frames,
+            seed=0,
         )
         encode_s = []
         for _ in range(1 + repeats if len(gpus) == 1 else 1):

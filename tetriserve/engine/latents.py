@@ -26,10 +26,10 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What encode made: constant for the life of a request."""
+    """What encode made: constant for the life of a request. Values are `PackedTensor` or plain."""
 
     request: GenerateRequest
-    tensors: dict[str, PackedTensor]
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Latents:
 
 
 def pack_conditioning(state: RequestState) -> Conditioning:
-    return Conditioning(state.request, {name: _pack(x) for name, x in state.conditioning.items()})
+    return Conditioning(state.request, {name: _pack_value(x) for name, x in state.conditioning.items()})
 
 
 def pack_latents(state: RequestState) -> Latents:
@@ -51,12 +51,12 @@ def pack_latents(state: RequestState) -> Latents:
     return Latents(state.step, _pack(state.latents), sampler)
 
 
-def unpack_conditioning(conditioning: Conditioning, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: _unpack(packed, device) for name, packed in conditioning.tensors.items()}
+def unpack_conditioning(conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
+    return {name: _unpack_value(packed, device) for name, packed in conditioning.values.items()}
 
 
 def unpack_state(
-    adapter: ModelAdapter, request: GenerateRequest, conditioning: dict[str, torch.Tensor], latents: Latents
+    adapter: ModelAdapter, request: GenerateRequest, conditioning: dict[str, Any], latents: Latents
 ) -> RequestState:
     """The request's state on this GPU, ready for step `latents.step`."""
     sampler = adapter.new_sampler()

@@ -24,22 +24,14 @@ class FluxAdapter(ModelAdapter):
         self._text_tokens = limits.text_tokens(longest, 512, "FLUX")
         self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
         side = self.pipeline.vae_scale_factor * 2
-        return ModelInfo(
-            name=limits.name,
+        return limits.info(
             family=self.family,
-            size_multiple=side,
-            token_pixels=side,
+            side=side,
             text_tokens=self._text_tokens,
             heads=config.num_attention_heads,
             cfg_field="true_cfg_scale",
-            min_pixels=(8 * side) ** 2,
-            max_pixels=limits.max_pixels,
-            max_side=limits.max_pixels // (8 * side),
-            default_steps=limits.default_steps or (28 if self._distilled else 4),
-            max_steps=limits.max_steps,
+            steps=28 if self._distilled else 4,
             default_guidance_scale=3.5 if self._distilled else 0.0,
-            max_prompt_chars=limits.max_prompt_chars,
-            description=limits.description,
         )
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:

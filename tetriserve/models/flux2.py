@@ -26,23 +26,15 @@ class Flux2KleinAdapter(ModelAdapter):
         self._text_tokens = limits.text_tokens(512, pipeline.tokenizer_max_length, "FLUX.2")
         self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
         side, distilled = 2 * pipeline.vae_scale_factor, bool(pipeline.config.is_distilled)
-        return ModelInfo(
-            name=limits.name,
+        return limits.info(
             family=self.family,
-            size_multiple=side,
-            token_pixels=side,
+            side=side,
             text_tokens=self._text_tokens,
             heads=config.num_attention_heads,
             cfg_field="guidance_scale",
             cfg_above=None if distilled else 1.0,
-            min_pixels=(8 * side) ** 2,
-            max_pixels=limits.max_pixels,
-            max_side=limits.max_pixels // (8 * side),
-            default_steps=limits.default_steps or (4 if distilled else 50),
-            max_steps=limits.max_steps,
+            steps=4 if distilled else 50,
             default_guidance_scale=1.0 if distilled else 4.0,
-            max_prompt_chars=limits.max_prompt_chars,
-            description=limits.description,
         )
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:

@@ -13,13 +13,23 @@ from tetriserve.errors import ConfigError
 from tetriserve.models.embedded import EMBEDDED, embedded_folder
 from tetriserve.models.flux import FluxAdapter
 from tetriserve.models.flux2 import Flux2KleinAdapter
+from tetriserve.models.hunyuan_video import HunyuanVideo15Adapter
 from tetriserve.models.qwen_image import QwenImageAdapter
 from tetriserve.models.sd3 import SD3Adapter
+from tetriserve.models.wan import WanAdapter
 from tetriserve.models.z_image import ZImageAdapter
 
 ADAPTERS: dict[str, type[ModelAdapter]] = {
     adapter.pipeline_class.__name__: adapter
-    for adapter in (FluxAdapter, Flux2KleinAdapter, SD3Adapter, QwenImageAdapter, ZImageAdapter)
+    for adapter in (
+        FluxAdapter,
+        Flux2KleinAdapter,
+        HunyuanVideo15Adapter,
+        QwenImageAdapter,
+        SD3Adapter,
+        WanAdapter,
+        ZImageAdapter,
+    )
 }
 
 
@@ -52,8 +62,8 @@ def load_model(
         raise ConfigError(
             f"model.dtype: {name} overflows in {adapter.family} models, allowed are {', '.join(adapter.dtypes)}"
         )
+    dtypes = {"default": dtype, **dict.fromkeys(adapter.in_float32, torch.float32)}
     pipeline = adapter.pipeline_class.from_pretrained(
-        source, dtype=dtype, revision=revision, device_map=device.type
+        source, dtype=dtypes, revision=revision, device_map=device.type
     )
-    pipeline.transformer.eval()
     return adapter(pipeline, limits, kernel)

@@ -7,6 +7,7 @@ from diffusers import QwenImagePipeline
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.models.flow import set_timesteps, shift
+from tetriserve.models.wan_vae import frames
 from tetriserve.request import GenerateRequest, ModelInfo
 
 
@@ -21,23 +22,15 @@ class QwenImageAdapter(ModelAdapter):
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         self._text_tokens = limits.text_tokens(512, pipeline.tokenizer_max_length, "Qwen-Image")
         side = 2 * pipeline.vae_scale_factor
-        return ModelInfo(
-            name=limits.name,
+        return limits.info(
             family=self.family,
-            size_multiple=side,
-            token_pixels=side,
+            side=side,
             text_tokens=self._text_tokens,
             heads=config.num_attention_heads,
             cfg_field="true_cfg_scale",
-            min_pixels=(8 * side) ** 2,
-            max_pixels=limits.max_pixels,
-            max_side=limits.max_pixels // (8 * side),
-            default_steps=limits.default_steps or 50,
-            max_steps=limits.max_steps,
+            steps=50,
             default_guidance_scale=0.0,
             default_true_cfg_scale=4.0,
-            max_prompt_chars=limits.max_prompt_chars,
-            description=limits.description,
         )
 
     @property
@@ -90,13 +83,7 @@ class QwenImageAdapter(ModelAdapter):
 
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """By a VAE for video, which sees one frame."""
-        vae = self.pipeline.vae
-        latents = latents.to(vae.dtype).unsqueeze(2)
-        mean, deviation = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return vae.decode(latents / (1.0 / deviation) + mean, return_dict=False)[0][:, :, 0]
+        return frames(self.pipeline.vae, latents.unsqueeze(2))[:, :, 0]
 
     def _forward(self, state: RequestState, timestep: torch.Tensor, text: str) -> torch.Tensor:
         request, latents, token = state.request, state.latents, self.info.token_pixels

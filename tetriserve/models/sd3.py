@@ -25,22 +25,15 @@ class SD3Adapter(ModelAdapter):
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         self._t5_tokens = limits.text_tokens(256, 512, "SD3")
         side = pipeline.vae_scale_factor * config.patch_size
-        return ModelInfo(
-            name=limits.name,
+        return limits.info(
             family=self.family,
-            size_multiple=side,
-            token_pixels=side,
+            side=side,
             text_tokens=pipeline.tokenizer_max_length + self._t5_tokens,
             heads=config.num_attention_heads,
             cfg_field="guidance_scale",
-            min_pixels=(8 * side) ** 2,
-            max_pixels=limits.max_pixels,
             max_side=config.pos_embed_max_size * side,
-            default_steps=limits.default_steps or 28,
-            max_steps=limits.max_steps,
+            steps=28,
             default_guidance_scale=7.0,
-            max_prompt_chars=limits.max_prompt_chars,
-            description=limits.description,
         )
 
     def shard_plan(self, transformer: Any) -> ShardPlan:

@@ -39,23 +39,16 @@ class ZImageAdapter(ModelAdapter):
         self._text_tokens = limits.text_tokens(min(512, longest), longest, "this Z-Image")
         side = 2 * pipeline.vae_scale_factor
         turbo = "turbo" in limits.name.lower()  # nothing in its folder says so
-        return ModelInfo(
-            name=limits.name,
+        return limits.info(
             family=self.family,
-            size_multiple=side,
-            token_pixels=side,
+            side=side,
             text_tokens=self._text_tokens,
             heads=config.n_heads,
             cfg_field="guidance_scale",
             cfg_above=0.0,
-            min_pixels=(8 * side) ** 2,
-            max_pixels=limits.max_pixels,
             max_side=min(config.axes_lens[1:]) * side,
-            default_steps=limits.default_steps or (TURBO_STEPS if turbo else 50),
-            max_steps=limits.max_steps,
+            steps=TURBO_STEPS if turbo else 50,
             default_guidance_scale=0.0 if turbo else 5.0,
-            max_prompt_chars=limits.max_prompt_chars,
-            description=limits.description,
         )
 
     def shard_plan(self, transformer: Any) -> ShardPlan:

@@ -12,6 +12,7 @@ import httpx
 
 from tetriserve.chain import component_of
 from tetriserve.client import CONNECT_TIMEOUT_S, ServerError, key_headers
+from tetriserve.errors import ConfigError
 from tetriserve.simulation.result import Executed, Outcome
 from tetriserve.simulation.trace import TraceRequest
 
@@ -38,8 +39,11 @@ class Replay:
 def replay(url: str, trace: Sequence[TraceRequest], on_settled: Callable[[], object]) -> Replay:
     """Send every request at its time and wait for all answers.
 
-    `on_settled` is called whenever one is answered. Raises `ServerError` when the server is not ready.
+    `on_settled` is called whenever one is answered. Raises `ServerError` when the server is not ready, `ConfigError`
+    for a trace with clips, which the route for pictures does not make.
     """
+    if clip := next((request for request in trace if request.num_frames > 1), None):
+        raise ConfigError(f"request {clip.id}: num_frames {clip.num_frames}, over HTTP only 1 is served")
     return asyncio.run(_replay(url.rstrip("/"), trace, on_settled))
 
 
