@@ -6,7 +6,7 @@ they are; nothing below `deployments` imports them.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,13 @@ from tetriserve.request import Shape
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraArgs(_Section):
+    """A LoRA that requests may choose, loaded beside the model."""
+
+    name: str = Field(pattern=r"^[\w-]{1,64}$", description="What requests call it in `lora`.")
+    path: str = Field(min_length=1, description="A .safetensors file, a folder with one, or a hub id.")
 
 
 class ModelArgs(_Section):
@@ -41,6 +48,30 @@ class ModelArgs(_Section):
         None, ge=1, description="Longest clip of a model that makes videos; default: the family's own."
     )
     max_prompt_chars: int = Field(4096, ge=1)
+    compile: bool = Field(
+        False,
+        description="Compile the transformer's blocks at start, for `profile.shapes`: minutes, then faster steps.",
+    )
+    quantization: Literal["int8", "fp8"] | None = Field(
+        None,
+        description="Keep the transformer's weights so (torchao, weight-only): half the memory of bfloat16, other "
+        "pictures than the model as published, and answers say so. Extra `quantization`.",
+    )
+    loras: tuple[LoraArgs, ...] = Field((), description="LoRAs that requests may choose. Extra `lora`.")
+
+    @field_validator("loras")
+    @classmethod
+    def _loras(cls, loras: tuple[LoraArgs, ...]) -> tuple[LoraArgs, ...]:
+        names = [lora.name for lora in loras]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names must differ, got {', '.join(names)}")
+        return loras
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelArgs:
+        if self.compile and self.loras:
+            raise ValueError("compile: not beside loras, every one of their scales would be compiled anew")
+        return self
 
 
 class CellArgs(_Section):
@@ -240,7 +271,8 @@ class AppArgs(_Section):
             if first["type"] == "extra_forbidden":
                 section: Any = cls
                 for part in first["loc"][:-1]:
-                    section = section.model_fields[part].annotation
+                    in_list = isinstance(part, int)
+                    section = get_args(section)[0] if in_list else section.model_fields[part].annotation
                 allowed = f"; allowed are {', '.join(section.model_fields)}"
             message = first["msg"].removeprefix("Value error, ")
             raise ConfigError(f"args.{key}: {message}{allowed}") from None

@@ -28,10 +28,12 @@ from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDep
 
 from deployments.config import AppArgs
 from deployments.logs import logger
+from deployments.progress import latest
 from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.models.embedded import EMBEDDED
 
 IMPORT_PATH = "deployments.app:build"
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
 POLL_S = 0.3
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 DRAIN_S = 10.0
@@ -98,12 +100,15 @@ def check_machine(args: AppArgs) -> None:
     """Raise `ConfigError` for what can be known to fail here before anything is started."""
     model = args.model.path
     if model not in EMBEDDED:
-        is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", model)
+        is_hub_id = re.fullmatch(HUB_ID, model)
         if Path(model).is_dir():
             if not (Path(model) / "model_index.json").is_file():
                 raise ConfigError(f"args.model.path: {model} holds no model_index.json")
         elif not is_hub_id:
             raise ConfigError(f"args.model.path: no such folder: {model}")
+    for index, lora in enumerate(args.model.loras):
+        if not Path(lora.path).exists() and not re.fullmatch(HUB_ID, lora.path):
+            raise ConfigError(f"args.model.loras.{index}.path: no such file or folder: {lora.path}")
     if args.cell.device == "cuda":
         import torch
 
@@ -150,7 +155,8 @@ def run(config: str, host: str | None, port: int | None, policy: str | None) -> 
             start_ray(cpus_needed(application, args))
             handle_signals()  # ray.init has put its own handler of SIGTERM in place
             client = deploy(schema)
-            work = f"load {args.model.path}" + ("" if args.profile.path else ", measure step times if new")
+            work = f"load {args.model.path}" + (", compile it" if args.model.compile else "")
+            work += "" if args.profile.path else ", measure step times if new"
             print(f"starting {args.cell.gpus} replicas: {work} ...", file=out, flush=True)
             name = wait_until_ready(
                 application.name, url, lambda note: print(f"  {note}", file=out, flush=True)
@@ -236,7 +242,7 @@ def wait_until_ready(name: str, url: str, report: Callable[[str], None]) -> str:
 
     Raises `ServeFailed` when Serve gives the application up.
     """
-    said = ""
+    said: set[str] = set()
     while True:
         application = serve.status().applications[name]
         messages = [status.message for status in application.deployments.values() if status.message]
@@ -250,9 +256,9 @@ def wait_until_ready(name: str, url: str, report: Callable[[str], None]) -> str:
                     # by the handle, which needs no API key
                     return str(serve.get_app_handle(name).model_info.remote().result().name)
                 note = health.json()["reason"]
-        if note and note != said:
-            report(note)
-            said = note
+        for text in {note, latest()} - said - {""}:
+            report(text)
+            said.add(text)
         time.sleep(POLL_S)
 
 

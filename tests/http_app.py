@@ -43,6 +43,7 @@ INFO = ModelInfo(
     text_tokens=64,
     heads=4,
     cfg_field="true_cfg_scale",
+    loras=("ink", "pixel"),
     min_pixels=64 * 64,
     max_pixels=1024 * 1024,
     max_side=2048,

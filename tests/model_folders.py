@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     QwenImagePipeline,
@@ -27,6 +28,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from tokenizers import pre_tokenizers
 from transformers import (
     ByT5Tokenizer,
@@ -61,6 +64,20 @@ def tiny_flux(folder: Path, *, guidance_embeds: bool = True, heads: int = 4) -> 
         vae_channels=VAE_CHANNELS,
     )
     return folder
+
+
+def flux_lora(file: Path, folder: Path, *, seed: int, text: bool) -> Path:
+    """A LoRA of random weights for a FLUX folder, with `text` for its CLIP too."""
+    torch.manual_seed(seed)
+    pipeline = FluxPipeline.from_pretrained(folder)
+    parts = {"transformer": pipeline.transformer} | ({"text_encoder": pipeline.text_encoder} if text else {})
+    layers = {}
+    for name, module in parts.items():
+        targets = ["to_q", "to_k", "to_v", "to_out.0"] if name == "transformer" else ["q_proj", "v_proj"]
+        module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(module)
+    FluxPipeline.save_lora_weights(file.parent, weight_name=file.name, **layers)
+    return file
 
 
 def tiny_sd3(folder: Path, *, dual_attention: bool = True) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch.multiprocessing as mp
 from solver.placement import group_sets
 
 
-def _serve(
-    gpu: int,
-    n_gpus: int,
-    meeting: Path,
-    folders: dict[str, Path],
-    text_tokens: dict[str, int | None],
-    pipe: Any,
-) -> None:
+@dataclass(frozen=True)
+class Served:
+    """A model of the pool: its folder, how many text tokens it takes (None: its own), `options` of `load_model`."""
+
+    folder: Path
+    text_tokens: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _serve(gpu: int, n_gpus: int, meeting: Path, models: dict[str, Served], pipe: Any) -> None:
     from tetriserve.engine.adapter import ModelLimits
     from tetriserve.engine.engine import Engine
     from tetriserve.engine.groups import GroupTable
@@ -34,15 +37,16 @@ def _serve(
     engines = {
         name: Engine(
             load_model(
-                str(folder),
-                ModelLimits(name, max_sequence_length=text_tokens[name]),
+                str(model.folder),
+                ModelLimits(name, max_sequence_length=model.text_tokens),
                 attention_kernel("auto", device),
                 dtype=torch.float32,
                 device=device,
+                **model.options,
             ),
             groups,
         )
-        for name, folder in folders.items()
+        for name, model in models.items()
     }
     while True:
         message = pipe.recv()
@@ -58,9 +62,9 @@ def _serve(
 
 
 class ReplicaPool:
-    """`n_gpus` processes, each holding every model of `folders`, of so many text tokens (None: its own)."""
+    """`n_gpus` processes, each holding all of `models`."""
 
-    def __init__(self, n_gpus: int, folders: dict[str, Path], text_tokens: dict[str, int | None]) -> None:
+    def __init__(self, n_gpus: int, models: dict[str, Served]) -> None:
         self._meeting = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
         self.n_gpus = n_gpus
@@ -69,7 +73,7 @@ class ReplicaPool:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(gpu, n_gpus, Path(self._meeting.name), folders, text_tokens, theirs),
+                args=(gpu, n_gpus, Path(self._meeting.name), models, theirs),
                 daemon=True,
             )
             process.start()

@@ -106,3 +106,24 @@ def test_wrong_arguments_are_named_in_one_line(args: dict[str, Any], key: str) -
         build(args)
     assert key in error.value.message
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"quantization": "int4"}, "args.model.quantization: Input should be 'int8' or 'fp8'"),
+        ({"compile": "maybe"}, "args.model.compile: "),
+        ({"loras": [{"name": "a b", "path": "x"}]}, "args.model.loras.0.name: "),
+        ({"loras": [{"name": "a"}]}, "args.model.loras.0.path: "),
+        (
+            {"loras": [{"name": "a", "path": "x", "scale": 1}]},
+            "args.model.loras.0.scale: .* allowed are name, path$",
+        ),
+        ({"loras": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "names must differ, got a, a"),
+        ({"compile": True, "loras": [{"name": "a", "path": "x"}]}, "args.model: compile: not beside loras"),
+    ],
+)
+def test_knobs_of_a_model_are_checked(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        AppArgs.parse({**CPU_ARGS, "model": model})
+    assert "\n" not in caught.value.message

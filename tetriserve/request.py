@@ -60,6 +60,7 @@ class GenerateRequest:
         num_frames: more than one only for models that make videos.
         guidance_scale_2: of models whose second transformer takes over at low noise (Wan 2.2); the default is
             `guidance_scale` where that is given.
+        lora: name of a configured LoRA, with `lora_scale` times its weights; None for the model without any.
         request_id: made by the server when None; must be unique among open requests.
         repeatable: the caller may send it again under the same `request_id`, and gets the same result while it is
             open and for some minutes after.
@@ -87,6 +88,8 @@ class GenerateRequest:
     previews: int = 0
     num_frames: int = 1
     guidance_scale_2: float | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
     client: str | None = field(default=None, repr=False)
     waited_s: float = 0.0
 
@@ -109,6 +112,8 @@ class ModelInfo:
         frame_step: frames that make one more frame of latents; the first frame is one by itself.
         max_frames: 1 for models that make pictures only.
         default_guidance_scale_2: None for models with one guidance scale.
+        loras: names that a request may choose from.
+        degraded: what its pictures lack against the model as published, such as "int8" weights.
     """
 
     name: str
@@ -132,6 +137,8 @@ class ModelInfo:
     default_guidance_scale_2: float | None = None
     frame_step: int = 1
     max_frames: int = 1
+    loras: tuple[str, ...] = ()
+    degraded: tuple[str, ...] = ()
 
     def tokens(self, shape: Shape) -> int:
         """Tokens of a picture or clip, the length that sequence parallelism shards."""
@@ -215,6 +222,11 @@ class ModelInfo:
             raise InvalidRequest(
                 "guidance_scale_2", f"{self.name} has one transformer, and takes guidance_scale"
             )
+        if request.lora is not None and request.lora not in self.loras:
+            allowed = f"allowed are {', '.join(self.loras)}" if self.loras else "none is configured"
+            raise InvalidRequest("lora", f"{request.lora!r} is not served, {allowed}")
+        if not -10 <= request.lora_scale <= 10:
+            raise InvalidRequest("lora_scale", f"{request.lora_scale}, allowed are -10 to 10")
         if request.seed is not None and not 0 <= request.seed < 2**63:
             raise InvalidRequest("seed", f"{request.seed}, allowed are 0 to 2**63 - 1")
         if request.slo_s is not None and not 0 < request.slo_s < float("inf"):
@@ -286,6 +298,7 @@ class Metrics:
         lost: ranges that had to be run again; those of a lost cell are not known to the next one.
         arrival_s: Unix seconds by the scheduler's clock.
         predicted_s: time from arrival to the end as the first plan had it; None when it could not say.
+        degraded: what was not computed as by the model as published, such as "int8" weights.
     """
 
     queue_s: float
@@ -304,6 +317,7 @@ class Metrics:
     peak_memory_bytes: int = 0
     lost: tuple[LostRange, ...] = ()
     predicted_s: float | None = None
+    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

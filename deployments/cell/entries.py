@@ -17,6 +17,7 @@ from tetriserve.request import (
     GenerateResult,
     LostRange,
     Metrics,
+    ModelInfo,
     PlannedWith,
     Progress,
     StepRange,
@@ -149,7 +150,7 @@ class Entry:
         if self.latents is None:  # encode itself was lost
             self.conditioning = None
 
-    def finish(self, image: Any, now_s: float, model: str) -> GenerateResult:
+    def finish(self, image: Any, now_s: float, model: ModelInfo) -> GenerateResult:
         """The result, with `image` and all that happened on the way."""
         total_s = now_s - self.arrival_s
         schedule = self.executions
@@ -180,8 +181,9 @@ class Entry:
             planned_with=self.planned_with,
             peak_memory_bytes=self.peak_memory_bytes,
             predicted_s=self.predicted_s,
+            degraded=model.degraded,
         )
-        return GenerateResult(self.name, image, time.time(), model, metrics)
+        return GenerateResult(self.name, image, time.time(), model.name, metrics)
 
 
 def name_of(entry_id: str) -> str:

@@ -7,7 +7,6 @@ import itertools
 import statistics
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from deployments.cell.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo
 from deployments.config import AppArgs
 from deployments.logs import LogForm, logger
+from deployments.progress import session_folder
 from solver.placement import gpu_sets, group_sets
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, OutOfMemory
@@ -89,7 +89,7 @@ class Fleet:
         `ConfigError`, else what the last try raised.
         """
         self._replicas = [None] * len(self)
-        self._folder = _session_folder() / "tetriserve" / uuid.uuid4().hex
+        self._folder = session_folder() / uuid.uuid4().hex
         self._folder.mkdir(parents=True)
         infos = await asyncio.gather(*(self._load(gpu, self._tries) for gpu in range(len(self))))
         self.info, self.device, self.fingerprint = infos[0].model, infos[0].device, infos[0].fingerprint
@@ -329,9 +329,3 @@ def is_elsewhere(error: BaseException) -> bool:
 def first_cause(errors: Sequence[BaseException]) -> BaseException:
     """Of the errors of a range's members, in the order in which they came, the one that the others follow from."""
     return cause_of(next((error for error in errors if not is_elsewhere(error)), errors[0]))
-
-
-def _session_folder() -> Path:
-    """Of Ray's session: on this node, as all of a cell is, and removed with the session's logs."""
-    node: Any = ray._private.worker._global_node
-    return Path(node.get_session_dir_path())

@@ -132,7 +132,7 @@ class Ranges:
                 log_request(DEBUG, entry.name, "has done %s", assignment)
                 entry.record(assignment, ran)
                 if complete:
-                    self._requests.end(entry, entry.finish(sent.produced[0], now_s, self._state.info.name))
+                    self._requests.end(entry, entry.finish(sent.produced[0], now_s, self._state.info))
         if entry.id not in self._requests.entries and entry.outstanding == 0:
             self._requests.release(entry)
         self._state.wake.set()

@@ -21,6 +21,7 @@ import ray
 from deployments.cell.entries import name_of
 from deployments.config import AppArgs
 from deployments.logs import LogForm, log_request, logger, write_as
+from deployments.progress import note
 from tetriserve.engine.environment import set_environment
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, OutOfMemory
@@ -189,6 +190,7 @@ class GPUReplica:
         import torch
 
         from tetriserve.engine.adapter import ModelLimits
+        from tetriserve.engine.compiled import check_compiler, compile_blocks
         from tetriserve.engine.engine import Engine
         from tetriserve.engine.groups import GroupTable
         from tetriserve.engine.kernels import attention_kernel
@@ -209,6 +211,8 @@ class GPUReplica:
             max_prompt_chars=model.max_prompt_chars,
             description=DESCRIPTION if model.path in EMBEDDED else "",
         )
+        if model.compile:
+            check_compiler(device)
         adapter = load_model(
             model.path,
             limits,
@@ -216,9 +220,28 @@ class GPUReplica:
             dtype=getattr(torch, model.dtype),
             device=device,
             revision=model.revision,
+            quantization=model.quantization,
+            loras={lora.name: lora.path for lora in model.loras},
         )
         self._engine = Engine(adapter, GroupTable(self._gpu, device, self._folder))
+        if model.compile:
+            for transformer in adapter.transformers():
+                compile_blocks(transformer)
+            self._compile()
         self._info = self._describe()
+
+    def _compile(self) -> None:
+        """Blocks are compiled when they first run: have that behind us before there is a request."""
+        shapes = [
+            shape
+            for shape in self._args.profile.all_shapes
+            if not self._engine.adapter.info.why_not_shape(shape)
+        ]
+        for i, shape in enumerate(shapes, 1):
+            text = f"compiling the model for {shape} ({i} of {len(shapes)})"
+            logger.info(text)
+            note(self._folder, text)
+            self._engine.measure("compiling", shape, (self._gpu,), 0, 0, 1)
 
     def _describe(self) -> ReplicaInfo:
         import diffusers
@@ -230,6 +253,9 @@ class GPUReplica:
         facts = [
             dict(adapter.pipeline.transformer.config),
             self._args.model.dtype,
+            self._args.model.compile,
+            self._args.model.quantization,
+            [(lora.name, lora.path) for lora in self._args.model.loras],
             self._args.cell.attention_backend,
             adapter.info.text_tokens,
             device,

@@ -88,6 +88,7 @@ class MetricsAnswer(_Answer):
     seed: int
     peak_memory_mb: float
     predicted_s: float | None = Field(description="Arrival to end, as the first plan had it.")
+    degraded: list[str] = Field(description="What was not computed as by the model as published.")
 
 
 class PictureAnswer(_Answer):

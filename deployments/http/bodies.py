@@ -91,6 +91,15 @@ def _document_nested(schema: dict[str, Any]) -> None:
     }
 
 
+class Lora(BaseModel):
+    """A configured LoRA, and how much of it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    scale: Number = Field(1.0, ge=-10, le=10)
+
+
 class ImageRequest(BaseModel):
     """Body of `POST /v1/images/generations`. Unknown fields are ignored, null means absent.
 
@@ -127,6 +136,7 @@ class ImageRequest(BaseModel):
     )
     true_cfg_scale: Number | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
     seed: Integer | None = Field(None, json_schema_extra={"minimum": 0})
+    lora: str | Lora | None = Field(None, description="A configured LoRA: its name, or {name, scale}.")
     user: str | None = None
     slo_ms: Positive | None = Field(None, description="Deadline, milliseconds from arrival.")
     drop_late: bool | None = Field(
@@ -210,6 +220,9 @@ class ImageRequest(BaseModel):
         }
         for name in COPIED:
             fields[name] = getattr(self, name)
+        if self.lora is not None:
+            lora = Lora(name=self.lora) if isinstance(self.lora, str) else self.lora
+            fields |= {"lora": lora.name, "lora_scale": lora.scale}
         fields = _present(fields)
         if self.size is not None:
             width, height = self.size.split("x")
@@ -281,6 +294,7 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
         "seed": metrics.seed,
         "peak_memory_mb": round(metrics.peak_memory_bytes / 2**20, 1),
         "predicted_s": metrics.predicted_s,
+        "degraded": list(metrics.degraded),
     }
 
 

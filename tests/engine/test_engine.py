@@ -7,14 +7,17 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import (
+    flux_lora,
     tiny_flux,
     tiny_flux2_klein,
     tiny_hunyuan_video,
@@ -23,12 +26,16 @@ from model_folders import (
     tiny_wan,
     tiny_z_image,
 )
-from replica_pool import ReplicaPool
+from replica_pool import ReplicaPool, Served
+from safetensors.torch import save_file
+from torchao.quantization import Int8WeightOnlyConfig
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, picture
+from tetriserve.engine.compiled import check_compiler
 from tetriserve.engine.engine import is_out_of_memory
 from tetriserve.engine.kernels import attention_kernel
 from tetriserve.errors import ConfigError, InvalidRequest
+from tetriserve.models import load as load_module
 from tetriserve.models.load import load_model
 from tetriserve.request import GenerateRequest, Shape
 
@@ -63,14 +70,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def pool(folders: dict[str, Path]):
-    pool = ReplicaPool(N_GPUS, folders, {name: text_tokens(name) for name in folders})
+def loras(folders: dict[str, Path]) -> dict[str, str]:
+    """By name: of the transformer, and of the transformer and the text encoder."""
+    root = folders["flux-dev"].parent
+    return {
+        name: str(flux_lora(root / f"{name}.safetensors", folders["flux-dev"], seed=seed, text=text))
+        for name, seed, text in (("pixel", 1, False), ("ink", 2, True))
+    }
+
+
+@pytest.fixture(scope="module")
+def pool(folders: dict[str, Path], loras: dict[str, str]):
+    models = {name: Served(folder, text_tokens(name)) for name, folder in folders.items()}
+    knobs = {"flux-int8": {"quantization": "int8"}, "flux-lora": {"loras": loras}}
+    for name, options in knobs.items():
+        models[name] = Served(folders["flux-dev"], TEXT_TOKENS, options)
+    pool = ReplicaPool(N_GPUS, models)
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="module")
-def plain(folders: dict[str, Path]):
+def plain(folders: dict[str, Path], loras: dict[str, str]):
     """The plain diffusers pipeline: (latents, picture) of a request, computed once per request, and what makes our
     latents comparable: FLUX.2's pipeline gives them unpacked."""
     pipelines: dict[str, object] = {}
@@ -80,9 +101,20 @@ def plain(folders: dict[str, Path]):
 
     def run(model: str, request: GenerateRequest):
         if model not in pipelines:
-            adapter = adapters[model] = load(folders[model])
-            pipelines[model] = type(adapter.pipeline).from_pretrained(folders[model])
+            folder = folders["flux-dev" if model in ("flux-int8", "flux-lora") else model]
+            adapter = adapters[model] = load(folder)
+            options = {}
+            if model == "flux-int8":
+                int8 = TorchAoConfig(Int8WeightOnlyConfig())
+                options["quantization_config"] = PipelineQuantizationConfig(
+                    quant_mapping={"transformer": int8}
+                )
+            pipelines[model] = type(adapter.pipeline).from_pretrained(folder, dtype=torch.float32, **options)
             pipelines[model].set_progress_bar_config(disable=True)
+            for name, path in loras.items() if model == "flux-lora" else ():
+                pipelines[model].load_lora_weights(path, adapter_name=name)
+        if request.lora:
+            pipelines[model].set_adapters([request.lora], [request.lora_scale])
         if (model, request) not in results:
             options = {
                 name: getattr(request, name)
@@ -190,6 +222,12 @@ REQUESTS = {
             "a star", 192, 128, STEPS, true_cfg_scale=3.0, negative_prompt="a large cross", seed=4
         ),
     ),
+    "int8": ("flux-int8", GenerateRequest("a star", 112, 208, STEPS, seed=25)),
+    "lora": (
+        "flux-lora",
+        GenerateRequest("a star", 112, 208, STEPS, seed=26, lora="pixel", lora_scale=0.7),
+    ),
+    "lora of the text too": ("flux-lora", GenerateRequest("a star", 128, 128, STEPS, seed=27, lora="ink")),
     "schnell": ("flux-schnell", GenerateRequest("a star", 128, 192, STEPS, seed=5)),
     "sd3.5": ("sd35", GenerateRequest("a star", 256, 192, STEPS, seed=6)),
     "sd3.5 odd": (
@@ -273,6 +311,41 @@ def test_any_journey_equals_plain_pipeline(pool, plain, name: str, seed: int) ->
         gpus = tuple(sorted(dice.sample(range(N_GPUS), dice.randint(1, N_GPUS))))
         journey.run(gpus, dice.randint(1, STEPS - journey.step))
     assert_same(journey, journey.finish(dice.randrange(N_GPUS)), plain(model, request))
+
+
+def test_a_lora_is_of_its_request_only(pool, plain) -> None:
+    """Plain requests between two with different ones are the plain model's to the bit, on the same GPUs."""
+    (_, first), (_, second) = REQUESTS["lora"], REQUESTS["lora of the text too"]
+    model, request = REQUESTS["odd"]
+    ways = ((0, 1), 2), ((0, 1, 2), 2), ((1,), 2)
+
+    def run(model: str, request: GenerateRequest, between: tuple[Journey, ...] = ()) -> tuple:
+        journey = Journey(pool, model, request, gpu=1)
+        for gpus, steps in ways:
+            journey.run(gpus, steps)
+            for other in between:
+                other.run(gpus, steps)
+        return journey.latents.tensor.array, journey.finish(1)
+
+    alone = run(model, request)
+    others = tuple(Journey(pool, "flux-lora", lora, gpu=1) for lora in (first, second))
+    among = run("flux-lora", request, others)
+    np.testing.assert_array_equal(among[0], alone[0])
+    np.testing.assert_array_equal(among[1], alone[1])
+    for journey, lora in zip(others, (first, second), strict=True):
+        assert_same(journey, journey.finish(0), plain("flux-lora", lora))
+    for lora in (first, second):  # it does something
+        latents, *_ = plain("flux-lora", lora)
+        without, *_ = plain("flux-dev", replace(lora, lora=None))
+        assert (latents - without).abs().max() / without.abs().max() > 1e-3
+
+
+def test_int8_is_another_picture(plain) -> None:
+    """The equality above would mean little if nothing were quantised."""
+    _, request = REQUESTS["int8"]
+    latents, *_ = plain("flux-int8", request)
+    exact, *_ = plain("flux-dev", request)
+    assert 1e-4 < (latents - exact).abs().max() / exact.abs().max() < 0.1
 
 
 def test_move_to_disjoint_gpus_and_pause(pool, plain) -> None:
@@ -398,6 +471,41 @@ def test_a_member_that_fails_leaves_nobody_waiting_and_the_group_is_built_anew(p
 def test_what_the_libraries_say_when_memory_is_short(said: str) -> None:
     assert is_out_of_memory(RuntimeError(said))
     assert not is_out_of_memory(ValueError(said))
+
+
+def test_loading_refuses_knobs_that_it_cannot_turn(folders, loras, monkeypatch, tmp_path: Path) -> None:
+    def refused(*lines: str, folder: str = "flux-dev", **options: Any) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load_model(
+                str(folders[folder]),
+                ModelLimits("m", max_sequence_length=text_tokens(folder)),
+                attention_kernel("auto", CPU),
+                dtype=torch.float32,
+                device=CPU,
+                **options,
+            )
+        assert "\n" not in caught.value.message
+        for line in lines:
+            assert line in caught.value.message
+
+    refused(
+        "model.loras: oil: cannot load", "oil.safetensors", loras={"oil": str(tmp_path / "oil.safetensors")}
+    )
+    refused("model.loras: pixel: cannot load", "SD3Transformer2DModel", folder="sd3", loras=loras)
+    other = tmp_path / "other.safetensors"
+    save_file({"unet.block.to_q.lora_A.weight": torch.ones(2, 2)}, other)
+    refused("model.loras: other: ", "has no weights for this flux model", loras={"other": str(other)})
+    refused("diffusers loads none into hunyuan-video-1.5 models", folder="hunyuan-video", loras=loras)
+    monkeypatch.setattr(load_module, "find_spec", lambda name: None)
+    refused("model.quantization: fp8 needs torchao", "tetriserve[quantization]", quantization="fp8")
+    refused("model.loras needs peft", "tetriserve[lora]", loras=loras)
+
+
+def test_no_compiler_is_said_before_anything_is_loaded(monkeypatch) -> None:
+    check_compiler(CPU)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError, match=r"model.compile: no C\+\+ compiler"):
+        check_compiler(CPU)
 
 
 def test_memory_errors_are_told_from_others() -> None:

@@ -81,6 +81,20 @@ def test_response_has_every_field_of_the_contract() -> None:
     assert Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).size == (64, 96)
 
 
+@pytest.mark.parametrize(
+    ("lora", "name", "scale"),
+    [("ink", "ink", 1), ({"name": "ink"}, "ink", 1), ({"name": "pixel", "scale": -0.5}, "pixel", -0.5)],
+)
+def test_a_lora_is_chosen_by_name_and_scale(lora: Any, name: str, scale: float) -> None:
+    request = sent(lora=lora)
+    assert (request.lora, request.lora_scale) == (name, scale)
+
+
+def test_a_lora_that_is_not_configured_is_told_the_others() -> None:
+    message = check_error(post(**PICTURE, lora="oil"), 400, "invalid_value", "lora")
+    assert message == "lora: 'oil' is not served, allowed are ink, pixel"
+
+
 def test_no_deadline_is_reported_as_null() -> None:
     metrics = post(**PICTURE).json()["metrics"]
     assert metrics["slo_s"] is None
@@ -117,7 +131,6 @@ def test_fields_reach_the_cell() -> None:
         drop_late=True,
         priority=3,
         model="default",
-        lora="ignored",
         generator_device="cpu",
         stream=True,
     )
@@ -215,6 +228,10 @@ def test_first_failure_of_n_cancels_the_others() -> None:
         ({"guidance_scale": True}, "guidance_scale"),
         ({"true_cfg_scale": -1}, "true_cfg_scale"),
         ({"guidance_scale_2": 2}, "guidance_scale_2"),
+        ({"lora": "none"}, "lora"),
+        ({"lora": {"scale": 1}}, "lora"),
+        ({"lora": {"name": "ink", "scale": 11}}, "lora"),
+        ({"lora": 5}, "lora"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63 - 1, "n": 2}, "seed"),
         ({"seed": 10**400}, "seed"),

@@ -32,6 +32,8 @@ class ModelLimits:
     max_frames: int | None = None
     max_prompt_chars: int = 4096
     description: str = ""
+    loras: tuple[str, ...] = ()
+    degraded: tuple[str, ...] = ()
 
     def text_tokens(self, default: int, longest: int, model: str) -> int:
         """Tokens of a prompt: what the owner wants, else `default`. Raises `ConfigError` above `longest`."""
@@ -63,6 +65,8 @@ class ModelLimits:
             max_steps=self.max_steps,
             max_prompt_chars=self.max_prompt_chars,
             description=self.description,
+            loras=self.loras,
+            degraded=self.degraded,
             **{**limits, **of_family},
         )
 
@@ -116,6 +120,7 @@ class ModelAdapter(ABC):
 
     def __init__(self, pipeline: Any, limits: ModelLimits, kernel: Kernel) -> None:
         self.pipeline = pipeline
+        self._worn: tuple[str, float] | None = None
         self.device = pipeline.transformer.device
         if getattr(pipeline.scheduler.config, "stochastic_sampling", False):
             raise ConfigError("model: stochastic_sampling is not supported, seeds could not be honoured")
@@ -150,6 +155,23 @@ class ModelAdapter(ABC):
             for parallel in self._parallel:
                 stack.enter_context(parallel.over(group))
             yield
+
+    def wear(self, request: GenerateRequest) -> None:
+        """Compute with the LoRA that a request chooses, and no other, from here on.
+
+        Adapters stay beside the weights, never merged: without one these are the plain model's, to the bit.
+        """
+        wanted = None if request.lora is None else (request.lora, request.lora_scale)
+        if wanted == self._worn:
+            return
+        if wanted is None:
+            self.pipeline.disable_lora()
+        else:
+            if self._worn is None:
+                self.pipeline.enable_lora()
+            name, scale = wanted
+            self.pipeline.set_adapters([name], [scale])
+        self._worn = wanted
 
     @abstractmethod
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:

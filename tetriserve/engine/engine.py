@@ -58,6 +58,7 @@ class Engine:
         """Text encoders and initial noise. `request.seed` must be set."""
         started_s = self._start()
         request = self.adapter.resolve(request)
+        self.adapter.wear(request)
         conditioning = self.adapter.encode(request)
         state = self.adapter.begin(request, conditioning)
         self._conditioning[request_id] = (request, state.conditioning)
@@ -86,6 +87,7 @@ class Engine:
         started_s = self._start()
         group = self.groups.group(gpus, seq)
         state = self._state(request_id, first_step, conditioning, latents)
+        self.adapter.wear(state.request)
         switched_s = time.time()
         with self.adapter.over(group):
             for _ in range(steps):
