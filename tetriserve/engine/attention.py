@@ -176,15 +176,20 @@ class _TakeOver(TorchFunctionMode):
 
 def _taking_over(processor: Any, attend: Attend) -> Any:
     """A copy (modules may share one) of a processor that calls torch's attention itself, which calls `attend`."""
-    plain, processor = type(processor), copy.copy(processor)
+    processor = copy.copy(processor)
+    plain: Any = type(processor)
+    processor.__class__ = _taken_over(plain, attend)
+    return processor
 
+
+@functools.cache  # compiled code is guarded on the class
+def _taken_over(plain: Any, attend: Attend) -> Any:
     @functools.wraps(plain.__call__)  # its signature tells diffusers which arguments it takes
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _TakeOver(attend):
             return plain.__call__(self, *args, **kwargs)
 
-    processor.__class__ = type(plain.__name__, (plain,), {"__call__": call})
-    return processor
+    return type(plain.__name__, (plain,), {"__call__": call})
 
 
 def _refuse(dropout_p: float, is_causal: bool) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from tetriserve.errors import ConfigError
@@ -35,7 +38,21 @@ def compile_blocks(transformer: torch.nn.Module) -> None:
     code does not look into. Equal blocks share what was compiled for the first.
     """
     for block in repeated(transformer):
-        block.forward = torch.compile(block.forward, dynamic=True)
+        block.forward = _compact_before(torch.compile(block.forward, dynamic=True))
+
+
+def _compact_before(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled code is guarded on strides: give it those of whole tensors, whether they were cut or transposed."""
+
+    def compact(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return type(x)(map(compact, x))
+        return x.contiguous().view(-1).view(x.shape) if isinstance(x, torch.Tensor) else x
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*map(compact, args), **{name: compact(value) for name, value in kwargs.items()})
+
+    return call
 
 
 def repeated(transformer: torch.nn.Module) -> list[torch.nn.Module]:
