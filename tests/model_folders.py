@@ -14,6 +14,7 @@ from diffusers import (
     ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     HunyuanVideo15Pipeline,
@@ -33,6 +34,8 @@ from peft.utils import get_peft_model_state_dict
 from tokenizers import pre_tokenizers
 from transformers import (
     ByT5Tokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextConfig,
@@ -144,7 +147,19 @@ def tiny_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
     """FLUX.2 klein, whose text is the states behind layers 9, 18 and 27."""
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
-    transformer = Flux2Transformer2DModel(
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=Qwen3ForCausalLM(qwen3(tokenizer, layers=28)),
+        tokenizer=tokenizer,
+        transformer=flux2_transformer(guidance=False),
+        is_distilled=distilled,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def flux2_transformer(*, guidance: bool) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
         in_channels=64,
         num_layers=1,
         num_single_layers=2,
@@ -153,8 +168,11 @@ def tiny_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
         joint_attention_dim=96,
         timestep_guidance_channels=32,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=guidance,
     )
+
+
+def flux2_vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=1,
@@ -164,13 +182,33 @@ def tiny_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
     )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
-    Flux2KleinPipeline(
+    return vae
+
+
+TEXT_OF_USER = (
+    "{% for message in messages if message.role == 'user' %}{% for part in message.content %}{{ part.text }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def tiny_flux2_dev(folder: Path) -> Path:
+    """FLUX.2 dev, whose text is the states behind layers 10, 20 and 30; with a tokenizer where it has a processor,
+    which needs torchvision."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = TEXT_OF_USER
+    text = {"model_type": "mistral", "num_hidden_layers": 31, "head_dim": 16, "vocab_size": len(tokenizer)}
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    vision = {"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 32, "patch_size": 16}
+    config = Mistral3Config(
+        text_config={**text, **small, "num_key_value_heads": 2}, vision_config={**vision, **small}
+    )
+    Flux2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
-        text_encoder=Qwen3ForCausalLM(qwen3(tokenizer, layers=28)),
+        vae=flux2_vae(),
+        text_encoder=Mistral3ForConditionalGeneration(config),
         tokenizer=tokenizer,
-        transformer=transformer,
-        is_distilled=distilled,
+        transformer=flux2_transformer(guidance=True),
     ).save_pretrained(folder, safe_serialization=True)
     return folder
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from model_folders import (
     flux_lora,
     tiny_flux,
+    tiny_flux2_dev,
     tiny_flux2_klein,
     tiny_hunyuan_video,
     tiny_qwen_image,
@@ -60,6 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sd3": tiny_sd3(root / "sd3", dual_attention=False),
         "z-image": tiny_z_image(root / "z-image"),
         "qwen-image": tiny_qwen_image(root / "qwen-image"),
+        "flux2-dev": tiny_flux2_dev(root / "flux2-dev"),
         "flux2-klein": tiny_flux2_klein(root / "flux2-klein", distilled=True),
         "flux2-klein-base": tiny_flux2_klein(root / "flux2-klein-base"),
         "wan2.1": tiny_wan(root / "wan2.1"),
@@ -247,6 +249,10 @@ REQUESTS = {
         GenerateRequest("a star", 128, 144, STEPS, guidance_scale=0.5, seed=11),
     ),
     "z-image turbo": ("z-image", GenerateRequest("a star", 160, 128, STEPS, guidance_scale=0.0, seed=12)),
+    "flux.2 dev odd": (
+        "flux2-dev",
+        GenerateRequest("a star", 112, 208, STEPS, guidance_scale=2.5, seed=28),
+    ),
     "flux.2 klein": ("flux2-klein", GenerateRequest("a star", 144, 128, STEPS, seed=16)),
     "flux.2 klein base odd": ("flux2-klein-base", GenerateRequest("a star", 112, 208, STEPS, seed=17)),
     "qwen-image": ("qwen-image", GenerateRequest("a star", 144, 128, STEPS, seed=13)),

@@ -1,4 +1,4 @@
-"""FLUX.2 klein, distilled and base, after `Flux2KleinPipeline`."""
+"""FLUX.2: klein, distilled and base, after `Flux2KleinPipeline`; dev, after `Flux2Pipeline`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
@@ -14,27 +14,22 @@ from tetriserve.models.flow import set_timesteps
 from tetriserve.request import GenerateRequest, ModelInfo
 
 
-class Flux2KleinAdapter(ModelAdapter):
-    """The base model is guided by an empty prompt, or the request's negative one; the distilled one is not guided."""
+class Flux2Adapter(ModelAdapter):
+    """What all of them share."""
 
-    pipeline_class = Flux2KleinPipeline
-    family = "flux2-klein"
     dtypes = ("float32", "bfloat16")
 
-    def _info(self, limits: ModelLimits) -> ModelInfo:
+    def _info_of(self, limits: ModelLimits, **of_model: Any) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         self._text_tokens = limits.text_tokens(512, pipeline.tokenizer_max_length, "FLUX.2")
         self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
-        side, distilled = 2 * pipeline.vae_scale_factor, bool(pipeline.config.is_distilled)
         return limits.info(
             family=self.family,
-            side=side,
+            side=2 * pipeline.vae_scale_factor,
             text_tokens=self._text_tokens,
             heads=config.num_attention_heads,
             cfg_field="guidance_scale",
-            cfg_above=None if distilled else 1.0,
-            steps=4 if distilled else 50,
-            default_guidance_scale=1.0 if distilled else 4.0,
+            **of_model,
         )
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
@@ -77,7 +72,7 @@ class Flux2KleinAdapter(ModelAdapter):
         """Out of their packing, and out of the normalisation that the sampler works in."""
         pipeline, vae, token = self.pipeline, self.pipeline.vae, self.info.token_pixels
         height, width = request.height // token, request.width // token
-        unpacked = pipeline._unpack_latents_with_ids(latents, self._image_ids(height, width), height, width)
+        unpacked = latents.transpose(1, 2).unflatten(2, (height, width))
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
         variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
         deviation = torch.sqrt(variance).to(latents.device, latents.dtype)
@@ -92,12 +87,46 @@ class Flux2KleinAdapter(ModelAdapter):
         return self.pipeline.transformer(
             hidden_states=state.latents.to(self.pipeline.transformer.dtype),
             timestep=timestep.expand(1).to(state.latents.dtype) / 1000,
-            guidance=None,
+            guidance=self._guidance(request),
             encoder_hidden_states=embeds,
             txt_ids=self.pipeline._prepare_text_ids(embeds).to(self.device),
             img_ids=self._image_ids(request.height // token, request.width // token),
             return_dict=False,
         )[0]
 
+    def _guidance(self, request: GenerateRequest) -> torch.Tensor | None:
+        """What the transformer is told of it."""
+        return None
+
     def _make_image_ids(self, height: int, width: int) -> Any:
         return self.pipeline._prepare_latent_ids(torch.empty(1, 1, height, width)).to(self.device)
+
+
+class Flux2KleinAdapter(Flux2Adapter):
+    """The base model is guided by an empty prompt, or the request's negative one; the distilled one is not guided."""
+
+    pipeline_class = Flux2KleinPipeline
+    family = "flux2-klein"
+
+    def _info(self, limits: ModelLimits) -> ModelInfo:
+        distilled = bool(self.pipeline.config.is_distilled)
+        return self._info_of(
+            limits,
+            cfg_above=None if distilled else 1.0,
+            steps=4 if distilled else 50,
+            default_guidance_scale=1.0 if distilled else 4.0,
+        )
+
+
+class Flux2DevAdapter(Flux2Adapter):
+    """Its guidance is distilled: the transformer is told the scale."""
+
+    pipeline_class = Flux2Pipeline
+    family = "flux2-dev"
+
+    def _info(self, limits: ModelLimits) -> ModelInfo:
+        return self._info_of(limits, cfg_above=None, steps=50, default_guidance_scale=4.0)
+
+    def _guidance(self, request: GenerateRequest) -> torch.Tensor:
+        assert request.guidance_scale is not None
+        return torch.full([1], request.guidance_scale, dtype=torch.float32, device=self.device)

@@ -17,7 +17,7 @@ from tetriserve.engine.kernels import Kernel
 from tetriserve.errors import ConfigError
 from tetriserve.models.embedded import EMBEDDED, embedded_folder
 from tetriserve.models.flux import FluxAdapter
-from tetriserve.models.flux2 import Flux2KleinAdapter
+from tetriserve.models.flux2 import Flux2DevAdapter, Flux2KleinAdapter
 from tetriserve.models.hunyuan_video import HunyuanVideo15Adapter
 from tetriserve.models.qwen_image import QwenImageAdapter
 from tetriserve.models.sd3 import SD3Adapter
@@ -28,6 +28,7 @@ ADAPTERS: dict[str, type[ModelAdapter]] = {
     adapter.pipeline_class.__name__: adapter
     for adapter in (
         FluxAdapter,
+        Flux2DevAdapter,
         Flux2KleinAdapter,
         HunyuanVideo15Adapter,
         QwenImageAdapter,
@@ -84,9 +85,12 @@ def load_model(
         options["quantization_config"] = _quantized(quantization, parts)
         limits = replace(limits, degraded=(*limits.degraded, quantization))
     dtypes = {"default": dtype, **dict.fromkeys(adapter.in_float32, torch.float32)}
-    pipeline = adapter.pipeline_class.from_pretrained(
-        source, dtype=dtypes, revision=revision, device_map=device.type, **options
-    )
+    try:
+        pipeline = adapter.pipeline_class.from_pretrained(
+            source, dtype=dtypes, revision=revision, device_map=device.type, **options
+        )
+    except ImportError as error:  # FLUX.2 dev's processor needs torchvision, for one
+        raise ConfigError(f"model.path: {source!r}: {str(error).strip().splitlines()[0]}") from None
     _load_loras(pipeline, loras, adapter.family)
     return adapter(pipeline, replace(limits, loras=tuple(loras)), kernel)
 
