@@ -150,7 +150,9 @@ def plain(folders: dict[str, Path], loras: dict[str, str]):
             if request.num_frames == 1 and video:
                 (picture,) = picture
             results[model, request] = generate("latent"), np.asarray(picture)
-        unpacked = partial(adapters[model].spatial, request) if model.startswith("flux2-klein") else torch.clone
+        unpacked = (
+            partial(adapters[model].spatial, request) if model.startswith("flux2-klein") else torch.clone
+        )
         return *results[model, request], unpacked
 
     return run
