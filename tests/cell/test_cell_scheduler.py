@@ -169,7 +169,7 @@ def test_a_request_has_two_lines_in_the_log_and_its_prompt_is_in_none(
         assert scheduler._requests.join(replace(asked, repeatable=True, request_id="b"), "one")
         part = Assignment(0, (entry.id,), "denoise", (0,), 0, 8, 0.0, 1.0, (-1,))
         entry.record(part, [Report(0.0, 1.0, 0.0, 0)])
-        scheduler._requests.end(entry, entry.finish("picture", entry.arrival_s + 5.5, "m"))
+        scheduler._requests.end(entry, entry.finish("picture", entry.arrival_s + 5.5, INFO))
         await scheduler.cancel("b", "one")
 
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
@@ -217,7 +217,7 @@ def test_a_stream_begins_with_the_first_plan_and_skips_what_its_reader_was_too_s
         ran(1)
         item = await anext(items)
         assert item.steps_done == 5 and item.preview[0, 0, 0] == 80
-        result = entry.finish("picture", entry.arrival_s + 5.0, "m")
+        result = entry.finish("picture", entry.arrival_s + 5.0, INFO)
         assert result.metrics.predicted_s == pytest.approx(4.0)
         scheduler._requests.end(entry, result)
         assert [item async for item in items] == [result]
