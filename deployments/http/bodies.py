@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -100,6 +101,13 @@ class Lora(BaseModel):
     scale: Number = Field(1.0, ge=-10, le=10)
 
 
+LoraChoice = Annotated[
+    str | Lora | None,
+    # in one piece: a reference would point nowhere in the OpenAPI document
+    WithJsonSchema({"anyOf": [{"type": "string"}, Lora.model_json_schema(), {"type": "null"}]}),
+]
+
+
 class ImageRequest(BaseModel):
     """Body of `POST /v1/images/generations`. Unknown fields are ignored, null means absent.
 
@@ -136,7 +144,7 @@ class ImageRequest(BaseModel):
     )
     true_cfg_scale: Number | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
     seed: Integer | None = Field(None, json_schema_extra={"minimum": 0})
-    lora: str | Lora | None = Field(None, description="A configured LoRA: its name, or {name, scale}.")
+    lora: LoraChoice = Field(None, description="A configured LoRA: its name, or {name, scale}.")
     user: str | None = None
     slo_ms: Positive | None = Field(None, description="Deadline, milliseconds from arrival.")
     drop_late: bool | None = Field(

@@ -596,7 +596,9 @@ def test_loading_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.path: .*no such folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
-    with pytest.raises(ConfigError, match="PixArtAlphaPipeline, supported are Flux2KleinPipeline, FluxP"):
+    with pytest.raises(
+        ConfigError, match="PixArtAlphaPipeline, supported are Flux2KleinPipeline, Flux2Pipeline, FluxP"
+    ):
         load(tmp_path)
     with pytest.raises(
         ConfigError, match=r"model.dtype: float16 overflows in flux models, allowed are float32, bf"

@@ -71,6 +71,13 @@ def test_what_was_asked_can_be_forgotten_and_what_is_listed_is_there(base: str) 
         def get_call_kwargs(self, case: schemathesis.Case) -> dict[str, Any]:
             return {"headers": HEADERS, "timeout": TIMEOUT_S}
 
+        def before_call(self, case: schemathesis.Case) -> None:
+            if isinstance(
+                case.body, dict
+            ):  # what this model does not have would let hardly any request through
+                for field in ("lora", "guidance_scale_2"):
+                    case.body.pop(field, None)
+
         def after_call(self, response: Any, case: schemathesis.Case) -> None:
             followed.add(f"{case.method} {case.path} {response.status_code}")
 
