@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from solver.problem import Entry, Packing, Phase, Snapshot
 from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
-from tetriserve.simulation.result import result_of
+from tetriserve.simulation.result import Outcome, result_of
 from tetriserve.simulation.simulate import Disturbance, Simulation, named_policy, simulate
 from tetriserve.simulation.timeline import timeline
 from tetriserve.simulation.trace import TraceRequest, write_trace
@@ -207,7 +208,7 @@ def test_result_has_exactly_the_keys_of_the_contract() -> None:
     assert set(result) == {"summary", "requests", "schedule"}
     assert set(result["summary"]) == set(
         "policy slo_attainment goodput_rps mean_s p50_s p95_s p99_s gpu_utilisation gpu_seconds plan_ms_p50 "
-        "plan_ms_p99 by_shape".split()
+        "plan_ms_p99 by_shape lateness_mean_s lateness_p99_s slowdown_mean slowdown_p99".split()
     )
     assert set(result["summary"]["by_shape"]) == {"256x256", "2048x2048"}
     assert all(set(row) == {"id", "arrival_s", "finish_s", "slo_s", "met"} for row in result["requests"])
@@ -221,6 +222,23 @@ def test_result_has_exactly_the_keys_of_the_contract() -> None:
     assert result["summary"]["gpu_seconds"] == pytest.approx(busy)
     assert 0 < result["summary"]["gpu_utilisation"] <= 1
     assert sum(row["steps"] for row in result["schedule"]) == 12 * 28
+
+
+def test_lateness_is_of_late_ones_and_slowdown_of_all_that_finished() -> None:
+    shape = Shape(256, 256)
+    outcomes = [
+        Outcome("on time", shape, 0.0, 2.0, 1.5, 1.0),
+        Outcome("late", shape, 1.0, 2.0, 7.0, 2.0),
+        Outcome("later", shape, 2.0, 2.0, 10.0, 2.0),
+        Outcome("dropped", shape, 3.0, 2.0, None, 1.0),
+        Outcome("nobody knows", shape, 4.0, math.inf, 5.0),
+    ]
+    summary = result_of("ilp", 1, outcomes, [], (0.0, 0.0))["summary"]
+    assert summary["lateness_mean_s"] == pytest.approx((4 + 6) / 2)
+    assert summary["lateness_p99_s"] == pytest.approx(6, abs=0.05)
+    assert summary["slowdown_mean"] == pytest.approx((1.5 + 3 + 4) / 3)
+    nobody = result_of("ilp", 1, outcomes[:1], [], (0.0, 0.0))["summary"]
+    assert nobody["lateness_mean_s"] is nobody["lateness_p99_s"] is None
 
 
 def test_timeline_says_what_the_schedule_says() -> None:

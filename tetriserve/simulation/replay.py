@@ -60,7 +60,7 @@ async def _replay(url: str, trace: Sequence[TraceRequest], on_settled: Callable[
 
         async def one(request: TraceRequest) -> Outcome:
             await asyncio.sleep(start_s + request.arrival_s - time.monotonic())
-            finish_s = None
+            finish_s = alone_s = None
             try:
                 response = await client.post("/v1/images/generations", json=_body(request))
                 answer = response.json()
@@ -69,12 +69,13 @@ async def _replay(url: str, trace: Sequence[TraceRequest], on_settled: Callable[
             else:
                 if response.status_code == 200:
                     finish_s = time.monotonic() - start_s
+                    alone_s = _alone_s(request, answer["metrics"]["planned_with"])
                     done.schedule += _executed(request.id, answer, start_unix_s)
                 elif answer["error"]["code"] != "deadline_infeasible":
                     done.errors.append(f"{request.id}: {answer['error']['message']}")
             on_settled()
             slo_s = float("inf") if request.slo_s is None else request.slo_s
-            return Outcome(request.id, request.shape, request.arrival_s, slo_s, finish_s)
+            return Outcome(request.id, request.shape, request.arrival_s, slo_s, finish_s, alone_s)
 
         done.outcomes = list(await asyncio.gather(*(one(request) for request in trace)))
         done.schedule.sort(key=lambda entry: entry.start_s)
@@ -83,6 +84,13 @@ async def _replay(url: str, trace: Sequence[TraceRequest], on_settled: Callable[
         done.n_gpus = sum(cell["gpus"] for cell in cells)
         done.plan_ms = max((cell["plan_ms_p50"], cell["plan_ms_p99"]) for cell in cells)
         return done
+
+
+def _alone_s(request: TraceRequest, planned_with: dict[str, Any]) -> float:
+    """Seconds that a request takes by itself, as the server's plans had it."""
+    step_s: float = min(planned_with["step_s"].values())
+    seconds: float = planned_with["encode_s"] + planned_with["decode_s"]
+    return seconds + request.num_inference_steps * step_s
 
 
 def _body(request: TraceRequest) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Outcome:
     Attributes:
         slo_s: from arrival; infinite without a deadline.
         finish_s: None when it was dropped.
+        alone_s: seconds that it takes by itself, every step at its fastest degree; None where nobody knows.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Outcome:
     arrival_s: float
     slo_s: float
     finish_s: float | None
+    alone_s: float | None = None
 
     @property
     def latency_s(self) -> float | None:
@@ -37,6 +39,11 @@ class Outcome:
     @property
     def met(self) -> bool:
         return self.latency_s is not None and self.latency_s <= self.slo_s + MET_SLACK_S
+
+    @property
+    def lateness_s(self) -> float | None:
+        """Seconds behind its deadline; None when it was on time or dropped."""
+        return None if self.met or self.latency_s is None else self.latency_s - self.slo_s
 
 
 @dataclass(frozen=True)
@@ -141,12 +148,25 @@ def _attainment(outcomes: Sequence[Outcome]) -> float:
 def _latencies(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     seconds = [outcome.latency_s for outcome in outcomes if outcome.latency_s is not None]
     if not seconds:
-        return {"mean_s": None, "p50_s": None, "p95_s": None, "p99_s": None}
+        return {**dict.fromkeys(("mean_s", "p50_s", "p95_s", "p99_s")), **_lateness(outcomes)}
     return {
         "mean_s": float(np.mean(seconds)),
         "p50_s": percentile(seconds, 50),
         "p95_s": percentile(seconds, 95),
         "p99_s": percentile(seconds, 99),
+        **_lateness(outcomes),
+    }
+
+
+def _lateness(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+    """Seconds by which late requests were late, and how much longer than alone requests took."""
+    late = [outcome.lateness_s for outcome in outcomes if outcome.lateness_s is not None]
+    slowdowns = [o.latency_s / o.alone_s for o in outcomes if o.latency_s is not None and o.alone_s]
+    return {
+        "lateness_mean_s": float(np.mean(late)) if late else None,
+        "lateness_p99_s": percentile(late, 99) if late else None,
+        "slowdown_mean": float(np.mean(slowdowns)) if slowdowns else None,
+        "slowdown_p99": percentile(slowdowns, 99) if slowdowns else None,
     }
 
 

@@ -202,7 +202,14 @@ def simulate(
             waiting = ", ".join(scheduler.open_ids[:3])
             raise TetriserveError(f"policy {policy.name} starves {waiting} at {now_s:.1f} s")
     done.outcomes = [
-        Outcome(r.id, r.shape, r.arrival_s, math.inf if r.slo_s is None else r.slo_s, finish_s.get(r.id))
+        Outcome(
+            r.id,
+            r.shape,
+            r.arrival_s,
+            math.inf if r.slo_s is None else r.slo_s,
+            finish_s.get(r.id),
+            sum(phase.steps * phase.fastest_step_s for phase in chains[r.id]),
+        )
         for r in trace
     ]
     return done
