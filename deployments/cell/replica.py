@@ -241,7 +241,7 @@ class GPUReplica:
             text = f"compiling the model for {shape} ({i} of {len(shapes)})"
             logger.info(text)
             note(self._folder, text)
-            self._engine.measure("compiling", shape, (self._gpu,), 0, 0, 1)
+            self._engine.rehearse(shape)
 
     def _describe(self) -> ReplicaInfo:
         import diffusers

@@ -140,6 +140,12 @@ class Engine:
             torch.cuda.empty_cache()
         torch.ones(1, device=device).sum().item()
 
+    def rehearse(self, shape: Shape) -> None:
+        """One step of a made-up request on this GPU alone: what happens at the first step only is done then."""
+        self.encode("rehearsal", _made_up(shape, 1))
+        self.denoise("rehearsal", (self.groups.gpu,), 0, 1)
+        self.release("rehearsal")
+
     @torch.inference_mode()
     def measure(
         self, request_id: str, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int
@@ -149,14 +155,7 @@ class Engine:
         All members call it together, as range `seq`; the request is made up and released again. `abandon` it when
         this raises.
         """
-        request = GenerateRequest(
-            "a small red circle",
-            shape.height,
-            shape.width,
-            num_inference_steps=warmup + repeats,
-            num_frames=shape.frames,
-            seed=0,
-        )
+        request = _made_up(shape, warmup + repeats)
         encode_s = []
         for _ in range(1 + repeats if len(gpus) == 1 else 1):
             report, _, _ = self.encode(request_id, request)
@@ -221,3 +220,14 @@ class Engine:
             others = total - free - torch.cuda.memory_reserved(self.adapter.device)
             peak = torch.cuda.max_memory_allocated(self.adapter.device) + others
         return Report(started_s, time.time(), switched_s - started_s, peak)
+
+
+def _made_up(shape: Shape, steps: int) -> GenerateRequest:
+    return GenerateRequest(
+        "a small red circle",
+        shape.height,
+        shape.width,
+        num_inference_steps=steps,
+        num_frames=shape.frames,
+        seed=0,
+    )
