@@ -32,7 +32,7 @@ from itertools import pairwise
 
 import pulp
 
-from solver.problem import Phase
+from solver.problem import Phase, least_work_s
 
 DEADLINE_SLACK_S = 1e-6
 """Executed schedules are compared with deadlines up to rounding; the bound grants them the same."""
@@ -50,8 +50,7 @@ class Known:
 
     @property
     def can_be_on_time(self) -> bool:
-        least_s = sum(phase.steps * phase.fastest_step_s for phase in self.phases)
-        return self.arrival_s + least_s <= self.deadline_s + DEADLINE_SLACK_S
+        return self.arrival_s + least_work_s(self.phases) <= self.deadline_s + DEADLINE_SLACK_S
 
 
 @dataclass(frozen=True)

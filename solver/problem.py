@@ -6,7 +6,7 @@ Times are seconds on the caller's clock. Nothing here knows about torch, Ray or 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,6 +30,11 @@ class Phase:
     @property
     def fastest_step_s(self) -> float:
         return min(self.step_s.values())
+
+
+def least_work_s(phases: Iterable[Phase]) -> float:
+    """Seconds that phases take one after the other, every step at its fastest degree."""
+    return sum(phase.steps * phase.fastest_step_s for phase in phases)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Job:
     @property
     def least_work_s(self) -> float:
         """Seconds to finish with every step at its fastest degree."""
-        return sum(phase.steps * phase.fastest_step_s for phase in self.phases)
+        return least_work_s(self.phases)
 
     def is_late(self, now_s: float) -> bool:
         """True when no plan can finish it by its deadline any more."""

@@ -14,7 +14,7 @@ from typing import Any
 from deployments.cell.entries import Entry, Kept, unix_ahead_s
 from deployments.cell.state import CellState
 from deployments.logs import log_request
-from solver.problem import Phase
+from solver.problem import Phase, least_work_s
 from tetriserve.chain import chain_of
 from tetriserve.errors import (
     Cancelled,
@@ -111,8 +111,7 @@ class Requests:
         phases = self._phases(request)
         slo_s = request.slo_s
         if slo_s is None and self._state.args.scheduler.default_slo_scale is not None:
-            alone_s = sum(phase.steps * phase.fastest_step_s for phase in phases)
-            slo_s = self._state.args.scheduler.default_slo_scale * alone_s
+            slo_s = self._state.args.scheduler.default_slo_scale * least_work_s(phases)
         arrival_s = now_s - request.waited_s
         result = asyncio.get_running_loop().create_future()
         identity = f"{request.request_id}#{next(self._serial)}"

@@ -56,7 +56,7 @@ def _compact_before(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def repeated(transformer: torch.nn.Module) -> list[torch.nn.Module]:
-    """Its blocks: those that diffusers names, else what stands in its lists of more than one of a kind."""
+    """Its blocks: those that diffusers names, else what stands in its lists of one kind."""
     names = getattr(transformer, "_repeated_blocks", None)
     if names:
         return [module for module in transformer.modules() if type(module).__name__ in names]

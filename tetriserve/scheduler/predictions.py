@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from solver.problem import Packing, Snapshot
+from solver.problem import Packing, Snapshot, least_work_s
 from tetriserve.scheduler.assignment import OpenRequest
 from tetriserve.scheduler.committed import Committed
 
@@ -55,7 +55,7 @@ class Predictions:
         if request is None:
             return math.inf
         remaining = request.remaining()
-        earliest_s = max(now_s, request.ready_s) + sum(p.steps * p.fastest_step_s for p in remaining)
+        earliest_s = max(now_s, request.ready_s) + least_work_s(remaining)
         if not remaining:
             return earliest_s
         if request.planned_end_s is not None:

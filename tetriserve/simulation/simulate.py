@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from solver.policies import make_policy
-from solver.problem import Phase, Policy
+from solver.problem import Phase, Policy, least_work_s
 from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.profile import Profile
 from tetriserve.scheduler.assignment import EPSILON_S, Assignment
@@ -208,7 +208,7 @@ def simulate(
             r.arrival_s,
             math.inf if r.slo_s is None else r.slo_s,
             finish_s.get(r.id),
-            sum(phase.steps * phase.fastest_step_s for phase in chains[r.id]),
+            least_work_s(chains[r.id]),
         )
         for r in trace
     ]

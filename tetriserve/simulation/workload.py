@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from solver.problem import least_work_s
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
@@ -53,8 +54,7 @@ class SloRule:
             return self.seconds[request.shape]
         if profile is None:
             raise ConfigError(f"--slo {self.times_best:g}x needs --profile to know the best time alone")
-        chain = request.chain(profile, n_gpus)
-        return self.times_best * sum(phase.steps * phase.fastest_step_s for phase in chain)
+        return self.times_best * least_work_s(request.chain(profile, n_gpus))
 
     def fill(
         self, requests: Iterable[TraceRequest], profile: Profile, n_gpus: int
