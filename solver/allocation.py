@@ -124,6 +124,20 @@ def step_table(step_s: Mapping[int, float]) -> StepTable:
     return _table(tuple(sorted(step_s.items())))
 
 
+@lru_cache(maxsize=4096)
+def short_steps(table: StepTable, longest_s: float) -> StepTable:
+    """The degrees whose step leaves room for newcomers: from the narrowest that takes at most `longest_s` on.
+
+    Where none does, from the one that blocks least: a newcomer finds ranges of t seconds on k GPUs in proportion to
+    k t, and waits t / 2 for them (the residual time of a renewal process).
+    """
+    degrees, seconds = table.degrees, table.seconds
+    first = next((i for i, step_s in enumerate(seconds) if step_s <= longest_s), None)
+    if first is None:
+        first = min(range(len(seconds)), key=lambda i: degrees[i] * seconds[i] ** 2)
+    return table if first == 0 else StepTable(degrees[first:], seconds[first:])
+
+
 def least_gpu_seconds(work: Iterable[tuple[int, StepTable]], budget_s: float) -> float:
     """GPU-seconds of the cheapest way through (steps, table) in turn within `budget_s`.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from solver.allocation import StepTable, step_table
+from solver.allocation import StepTable, short_steps, step_table
 from solver.placement import GpuSet, mask_of, sets_of
 from solver.problem import Job, Phase, Snapshot
 
@@ -52,6 +52,11 @@ class OpenJob:
         """Seconds to finish with every step at its fastest degree."""
         return sum(work.steps * work.table.fastest_s for work in self.work)
 
+    @cached_property
+    def least_gpu_s(self) -> float:
+        """GPU-seconds to finish with every step at its narrowest degree."""
+        return sum(work.steps * work.table.degrees[0] * work.table.seconds[0] for work in self.work)
+
     @property
     def slack_s(self) -> float:
         """Seconds it can afford to lose; negative when no plan can be on time."""
@@ -68,9 +73,11 @@ class Board:
 
     Attributes:
         sets: GPU sets by degree, those with a lost GPU left out.
+        longest_step_s: degrees with longer steps are left out as far as there are better ones (`short_steps`).
     """
 
     snapshot: Snapshot
+    longest_step_s: float = math.inf
 
     @cached_property
     def free_at_s(self) -> tuple[float, ...]:
@@ -106,7 +113,7 @@ class Board:
 
     def _table(self, phase: Phase) -> StepTable | None:
         usable = {degree: step_s for degree, step_s in phase.step_s.items() if degree in self.sets}
-        return step_table(usable) if usable else None
+        return short_steps(step_table(usable), self.longest_step_s) if usable else None
 
     def capacity(self, deadline_s: float) -> float:
         """GPU-seconds that are not committed yet between now and `deadline_s`."""

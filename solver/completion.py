@@ -20,6 +20,7 @@ def schedule_on_time(
     *,
     spare: int = 0,
     starving: Run | None = None,
+    riders: Sequence[Run] = (),
     may_miss: float = math.inf,
     stop_s: float = math.inf,
 ) -> Schedule:
@@ -28,10 +29,12 @@ def schedule_on_time(
     Args:
         spare: idle GPUs that nobody here is widened onto.
         starving: gets one segment before all others, at its narrowest degree.
+        riders: take their turn with the others up to the next round boundary.
         may_miss: late ones of more than this weight and the rest is of no interest.
         stop_s: where `time.perf_counter` ends the look-ahead; what starts now is in it all the same.
     """
-    order = sorted(runs, key=rule.order)
+    order = sorted([*runs, *riders], key=rule.order)
+    ride_until_s = board.snapshot.boundary_s - EPSILON_S if riders else math.inf
     every = order if starving is None else [starving, *order]
     lister = Lister(board, rule, (run.ready_s for run in every if run.ready_s > board.snapshot.now_s))
     schedule = Schedule(rule, lister.segments, list(runs))
@@ -43,13 +46,15 @@ def schedule_on_time(
         if starving is not None and starving.ready_s <= lister.now_s + EPSILON_S:
             first, idle = lister.gaps([starving], idle)
             starving = None if first else starving
+        if lister.now_s >= ride_until_s:
+            order, ride_until_s = [run for run in order if not run.rides], math.inf
         if rule.give_up:
-            hopeless = [run for run in order if run.latest_s < late_s]
+            hopeless = [run for run in order if run.latest_s < late_s and not run.rides]
             if hopeless:
                 schedule.missed.extend(hopeless)
                 if total_weight(schedule.missed) > may_miss:
                     break
-                order = [run for run in order if run.latest_s >= late_s]
+                order = [run for run in order if run.latest_s >= late_s or run.rides]
         if rule.order is not by_deadline:  # deadlines do not move
             order.sort(key=rule.order)
         ready_s = lister.now_s + EPSILON_S
@@ -63,7 +68,7 @@ def schedule_on_time(
         if done:
             order = [run for run in order if run.finish_s == math.inf]
             if rule.give_up:
-                schedule.missed.extend(run for run in done if run.finish_s > run.due_s)
+                schedule.missed.extend(run for run in done if run.finish_s > run.due_s and not run.rides)
         if not order and starving is None:
             return schedule
     schedule.is_cut = bool(order)

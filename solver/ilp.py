@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from solver.allocation import least_gpu_seconds
 from solver.board import Board, OpenJob, first_starving, waiting_order
@@ -17,6 +17,7 @@ from solver.completion import fill_gaps, schedule_on_time
 from solver.fairness import fair_weights
 from solver.forecast import with_room_for_newcomers
 from solver.problem import Packing, Snapshot
+from solver.riding import SAFE_SHARE, ride
 from solver.schedule import Rule, Run, Schedule, by_laxity, by_work, entries_of, total_weight
 from solver.selection import Demand, fits_all, select
 
@@ -30,23 +31,43 @@ RULES = (
 )
 """Variants of the exact completion, best first; all are tried while the clock allows."""
 MAX_DROPS = 3
-SAFE_SHARE = 0.2
-"""Slack at the end, as a share of the budget, beyond which a plan counts as safe."""
 
 
-@dataclass
 class _Search:
-    """The best completion so far, within a limit on the clock."""
+    """The best completion so far, within a limit on the clock.
 
-    board: Board
-    weights: Sequence[float]
-    stop_s: float
-    spare: int
-    starving: OpenJob | None
-    best: Schedule | None = None
-    best_served: frozenset[int] = frozenset()
-    best_starving: Run | None = None
-    info: dict[str, float] = field(default_factory=lambda: {"completions": 0.0, "ilps": 0.0})
+    Attributes:
+        jobs: those that can be on time; `late` cannot, `patient` have no deadline.
+        spare: idle GPUs that nobody is widened onto: while nobody is late for it, requests without deadline come
+            before widening others beyond their need.
+        best_served: indices into `jobs`.
+    """
+
+    def __init__(self, board: Board, stop_s: float) -> None:
+        self.board = board
+        self.stop_s = stop_s
+        self.jobs = [job for job in board.jobs if not job.is_late and job.job.deadline_s < math.inf]
+        self.late = sorted((job for job in board.jobs if job.is_late), key=waiting_order)
+        patient = (job for job in board.jobs if job.job.deadline_s == math.inf)
+        self.patient = sorted(patient, key=waiting_order)
+        self.starving = first_starving(board, [*self.patient, *self.late])
+        self.demands = _demands(board, self.jobs)
+        self.spare = len(self.patient)
+        self.best: Schedule | None = None
+        self.best_served: frozenset[int] = frozenset()
+        self.best_starving: Run | None = None
+        self.info = {"completions": 0.0, "ilps": 0.0}
+
+    @property
+    def schedule(self) -> Schedule:
+        assert self.best is not None
+        return self.best
+
+    @property
+    def set_aside(self) -> list[Run]:
+        """Those of `jobs` that the best does not have on time, as they go on behind it."""
+        rest = [Run(job) for i, job in enumerate(self.jobs) if i not in self.best_served]
+        return self.schedule.missed + rest
 
     @property
     def left_s(self) -> float:
@@ -55,14 +76,14 @@ class _Search:
     def is_over(self) -> bool:
         return self.left_s <= 0
 
-    def complete(self, jobs: Sequence[OpenJob], served: Collection[int], rules: Sequence[Rule]) -> Schedule:
+    def complete(self, served: Collection[int], rules: Sequence[Rule]) -> Schedule:
         """The best completion of a choice of requests; remembered when it is the best of all."""
         found: Schedule | None = None
         for rule in rules:
             if found is not None and (self.is_over() or _is_good(found)):
                 break
             starving = None if self.starving is None else Run(self.starving)
-            runs = [Run(jobs[i], self.weights[i]) for i in served]
+            runs = [Run(self.jobs[i], self.demands[i].weight) for i in served]
             schedule = schedule_on_time(
                 self.board,
                 runs,
@@ -111,65 +132,71 @@ class IlpPolicy:
 
     def __call__(self, snapshot: Snapshot) -> Packing:
         stop_s = time.perf_counter() + self.time_limit_s
-        board = Board(with_room_for_newcomers(snapshot))
-        jobs = [job for job in board.jobs if not job.is_late and job.job.deadline_s < math.inf]
-        late = sorted((job for job in board.jobs if job.is_late), key=waiting_order)
-        patient = sorted((job for job in board.jobs if job.job.deadline_s == math.inf), key=waiting_order)
-        starving = first_starving(board, [*patient, *late])
-        # while nobody is late for it, requests without deadline come before widening others beyond their need
-        demands = _demands(board, jobs)
-        weights = [demand.weight for demand in demands]
-        search = _Search(board, weights, stop_s, spare=len(patient), starving=starving)
-        everybody = range(len(jobs))
-        if fits_all(demands, board.capacity):
-            search.complete(jobs, everybody, RULES[:1])
-            if search.best and not search.best.missed and not _is_good(search.best):
-                search.complete(jobs, everybody, RULES[1:])
-        if search.best is None or search.best.missed:
-            search.spare = 0  # those without deadline wait rather than make somebody late
-            self._improve(search, jobs, demands)
-        if search.best is None:
-            search.complete(jobs, everybody, RULES[:1])
-        schedule = search.best
-        assert schedule is not None
-        set_aside = schedule.missed + [Run(job) for i, job in enumerate(jobs) if i not in search.best_served]
-        rest = [search.best_starving if job is starving else Run(job) for job in [*patient, *late]]
-        best_effort = set_aside + [run for run in rest if run is not None]
+        planned = with_room_for_newcomers(snapshot)
+        # whatever starts now ends before the least patient newcomer is late, unless somebody known would be
+        search = self._search(Board(planned, longest_step_s=snapshot.newcomer_slack_s), stop_s)
+        if search.set_aside and not search.is_over():
+            whole = Board(planned)
+            if any(job.work != one.work for job, one in zip(search.board.jobs, whole.jobs, strict=True)):
+                search = max(search, self._search(whole, stop_s), key=lambda one: one.schedule.on_time)
+        set_aside, starving = search.set_aside, search.starving
+        schedule, riders, began = ride(
+            search.board,
+            search.schedule,
+            set_aside + [Run(job) for job in search.late if job is not starving],
+            starving,
+            spare=search.spare,
+            stop_s=stop_s,
+        )
+        search.info["riders"] = float(sum(run.rides for run in riders))
+        first = began or search.best_starving
+        rest = [Run(job) for job in search.patient if job is not starving]
+        best_effort = [*([] if first is None else [first]), *riders, *rest]
         # nobody waits for these, and what starts later is decided later
-        fill_gaps(board, schedule, best_effort, until_s=snapshot.boundary_s + snapshot.round_s, stop_s=stop_s)
+        until_s = snapshot.boundary_s + snapshot.round_s
+        fill_gaps(search.board, schedule, best_effort, until_s=until_s, stop_s=stop_s)
         entries = tuple(entries_of(schedule.segments))
         return Packing(entries, frozenset(run.open.job.id for run in set_aside), search.info)
 
-    def _improve(self, search: _Search, jobs: Sequence[OpenJob], demands: Sequence[Demand]) -> None:
+    def _search(self, board: Board, stop_s: float) -> _Search:
+        """Whom to serve on time, and how."""
+        search = _Search(board, stop_s)
+        everybody = range(len(search.jobs))
+        if fits_all(search.demands, board.capacity):
+            search.complete(everybody, RULES[:1])
+            if search.best and not search.best.missed and not _is_good(search.best):
+                search.complete(everybody, RULES[1:])
+        if search.best is None or search.best.missed:
+            search.spare = 0  # those without deadline wait rather than make somebody late
+            self._improve(search)
+        if search.best is None:
+            search.complete(everybody, RULES[:1])
+        return search
+
+    def _improve(self, search: _Search) -> None:
         """Set requests aside as the ILP says; then one by one, as far as whole steps show that it asks too much."""
-        served, schedule = list(range(len(jobs))), search.best
+        served, schedule = list(range(len(search.jobs))), search.best
         if not search.is_over():
-            selection = select(demands, search.board.capacity, time_limit_s=search.left_s)
+            selection = select(search.demands, search.board.capacity, time_limit_s=search.left_s)
             search.info["ilps"] += 1
             if selection is not None:
                 served = sorted(selection.chosen)
-                schedule = search.complete(jobs, served, RULES)
+                schedule = search.complete(served, RULES)
         for _ in range(MAX_DROPS):
             if schedule is None or not schedule.missed or search.is_over():
                 return
-            served, schedule = self._drop_one(search, jobs, demands, served, schedule)
+            served, schedule = self._drop_one(search, served, schedule)
 
-    def _drop_one(
-        self,
-        search: _Search,
-        jobs: Sequence[OpenJob],
-        demands: Sequence[Demand],
-        served: list[int],
-        schedule: Schedule,
-    ) -> tuple[list[int], Schedule]:
+    def _drop_one(self, search: _Search, served: list[int], schedule: Schedule) -> tuple[list[int], Schedule]:
         """Set aside the first that is late, or the dearest of those due until then, whichever ends better."""
+        jobs, demands = search.jobs, search.demands
         first = schedule.missed[0].open
         due = [i for i in served if jobs[i].job.deadline_s <= first.job.deadline_s]
         dearest = max(due, key=lambda i: demands[i].gpu_seconds / demands[i].weight)
         options = []
         for victim in {next(i for i in due if jobs[i] is first), dearest}:
             rest = [i for i in served if i != victim]
-            options.append((rest, search.complete(jobs, rest, (schedule.rule,))))
+            options.append((rest, search.complete(rest, (schedule.rule,))))
         return max(options, key=lambda option: _worth(option[1]))
 
 

@@ -49,6 +49,7 @@ class Job:
         priority: tie-break, larger first.
         slo_s: the budget it arrived with (deadline minus arrival); `math.inf` without deadline.
         client: whose it is; clients share the board equally.
+        alone_s: seconds from arrival to the end if it had everything at once, at its fastest degrees.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Job:
     priority: int = 0
     slo_s: float = math.inf
     client: str | None = None
+    alone_s: float = 0.0
 
     @property
     def least_work_s(self) -> float:
@@ -92,7 +94,8 @@ class Snapshot:
     Attributes:
         round_s: round length.
         free_at_s: per GPU, when its committed work ends (`<= now_s` when idle), `math.inf` when lost.
-        expected: the load of the recent past, as a forecast.
+        expected: the load of the recent past, as a forecast ...
+        newcomer_slack_s: ... and how long nearly each of those who arrive can wait for its GPUs.
     """
 
     now_s: float
@@ -101,6 +104,7 @@ class Snapshot:
     jobs: tuple[Job, ...]
     next_boundary_s: float | None = None
     expected: tuple[Load, ...] = ()
+    newcomer_slack_s: float = math.inf
 
     @property
     def boundary_s(self) -> float:

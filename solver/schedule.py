@@ -23,6 +23,7 @@ class Run:
         gpus: mask of the GPUs that hold its latents.
         finish_s: infinite until it is done.
         weight: what it is worth on time.
+        rides: it is late already and only takes what those on time can spare.
     """
 
     __slots__ = (
@@ -34,15 +35,17 @@ class Run:
         "open",
         "phase",
         "ready_s",
+        "rides",
         "seconds",
         "steps",
         "weight",
         "work",
     )
 
-    def __init__(self, job: OpenJob, weight: float = 1.0) -> None:
+    def __init__(self, job: OpenJob, weight: float = 1.0, *, rides: bool = False) -> None:
         self.open = job
         self.weight = weight
+        self.rides = rides
         self.ready_s = job.start_s
         self.gpus = job.gpus
         self.finish_s = math.inf
@@ -88,6 +91,12 @@ class Run:
     @property
     def is_done(self) -> bool:
         return self.finish_s < math.inf
+
+    @property
+    def spare_share(self) -> float:
+        """Slack left at the end, as a share of the budget."""
+        job = self.open.job
+        return (job.deadline_s - self.finish_s) / max(job.deadline_s - job.arrival_s, EPSILON_S)
 
 
 def by_deadline(run: Run) -> tuple[float, int, float, str]:
@@ -172,8 +181,5 @@ class Schedule:
     @property
     def safety(self) -> float:
         """Least slack left at the end, as a share of the request's budget, over those on time."""
-        ends = [(run.finish_s, run.open.job) for run in self.runs if run.finish_s <= run.due_s]
-        shares = [
-            (job.deadline_s - end_s) / max(job.deadline_s - job.arrival_s, EPSILON_S) for end_s, job in ends
-        ]
+        shares = [run.spare_share for run in self.runs if run.finish_s <= run.due_s]
         return min(shares, default=0.0)

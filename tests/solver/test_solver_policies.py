@@ -201,7 +201,7 @@ def test_ilp_without_time_or_solver_is_still_valid(monkeypatch: pytest.MonkeyPat
     snapshot = overloaded()
     packing = IlpPolicy(time_limit_s=0.0)(snapshot)
     assert packing_violations(snapshot, packing.entries, complete=False) == []
-    assert packing.info == {"completions": 1, "ilps": 0}
+    assert packing.info == {"completions": 1, "ilps": 0, "riders": 0}
     monkeypatch.setattr(ilp, "select", lambda *_, **__: None)
     without = IlpPolicy(time_limit_s=5.0)(snapshot)
     assert promised_violations(snapshot, without) == []

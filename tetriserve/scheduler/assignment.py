@@ -75,6 +75,7 @@ class OpenRequest:
     outstanding: list[int] = field(default_factory=list)
     aborting: bool = False
     planned_end_s: float | None = None
+    alone_s: float = 0.0
 
     @property
     def plannable(self) -> bool:
@@ -125,6 +126,7 @@ class OpenRequest:
             priority=self.priority,
             slo_s=self.deadline_s - self.arrival_s,
             client=self.client,
+            alone_s=self.alone_s,
         )
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from solver.allocation import least_gpu_seconds, step_table
-from solver.problem import Load, Phase
+from solver.problem import Load, Phase, least_work_s
 
 WINDOW_S = 300.0
 """Long enough to hold dozens of requests at the rates of the papers, short enough to follow the hours of a day.
 A scheduler younger than that expects less than what it sees: it has seen too little to hold GPUs back."""
+IMPATIENT_SHARE = 0.05
+"""So many of those who arrive may have less slack than is reckoned with: a rare one does not rule all the others."""
 
 
 class RecentLoad:
     """Load of the last `WINDOW_S` seconds, in classes of SLOs that agree to two digits."""
 
     def __init__(self) -> None:
-        self._arrivals: deque[tuple[float, float, float]] = deque()
+        self._arrivals: deque[tuple[float, float, float, float]] = deque()
         self._gpu_seconds: defaultdict[float, float] = defaultdict(float)
+        self._slacks_s: list[float] = []
 
     def arrived(self, phases: Sequence[Phase], slo_s: float, now_s: float) -> None:
         """Count a request; one without deadline is nobody's competitor."""
@@ -27,14 +31,29 @@ class RecentLoad:
             return
         cost = least_gpu_seconds(((phase.steps, step_table(phase.step_s)) for phase in phases), slo_s)
         known_slo_s = float(f"{slo_s:.2g}")
-        self._arrivals.append((now_s, known_slo_s, cost))
+        slack_s = slo_s - least_work_s(phases)
+        self._arrivals.append((now_s, known_slo_s, cost, slack_s))
+        if slack_s > 0:
+            insort(self._slacks_s, slack_s)
         self._gpu_seconds[known_slo_s] += cost
 
     def expected(self, now_s: float) -> tuple[Load, ...]:
-        """The classes that are left after what is too old was forgotten."""
+        """The classes of those who arrived."""
+        self._forget(now_s)
+        return tuple(Load(slo_s, cost / WINDOW_S) for slo_s, cost in self._gpu_seconds.items())
+
+    def slack_s(self, now_s: float) -> float:
+        """Seconds that all but the least patient of those who arrived could lose; infinite when nobody came."""
+        self._forget(now_s)
+        if not self._slacks_s:
+            return math.inf
+        return self._slacks_s[int(IMPATIENT_SHARE * len(self._slacks_s))]
+
+    def _forget(self, now_s: float) -> None:
         while self._arrivals and self._arrivals[0][0] < now_s - WINDOW_S:
-            _, slo_s, cost = self._arrivals.popleft()
+            _, slo_s, cost, slack_s = self._arrivals.popleft()
+            if slack_s > 0:
+                del self._slacks_s[bisect_left(self._slacks_s, slack_s)]
             self._gpu_seconds[slo_s] -= cost
             if self._gpu_seconds[slo_s] < 1e-9:
                 del self._gpu_seconds[slo_s]
-        return tuple(Load(slo_s, cost / WINDOW_S) for slo_s, cost in self._gpu_seconds.items())

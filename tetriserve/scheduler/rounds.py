@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot
+from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot, least_work_s
 from tetriserve.scheduler.assignment import EPSILON_S, Assignment, OpenRequest, RoundPlan, fits
 from tetriserve.scheduler.committed import Committed
 from tetriserve.scheduler.load import RecentLoad
@@ -89,6 +89,7 @@ class RoundScheduler:
             reject_infeasible,
             client,
             ready_s=now_s,
+            alone_s=least_work_s(phases),
         )
         self._load.arrived(phases, deadline_s - now_s, now_s)
 
@@ -206,6 +207,7 @@ class RoundScheduler:
             jobs=jobs,
             next_boundary_s=self._boundary_s,
             expected=self._load.expected(now_s),
+            newcomer_slack_s=self._load.slack_s(now_s),
         )
 
     def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
