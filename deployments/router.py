@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppArgs
 from deployments.logs import log_request, logger
+from deployments.wayback import WayBack
 from tetriserve.errors import (
     CellLost,
     GenerationFailed,
@@ -52,6 +53,9 @@ class Router:
     Args:
         cell: handle of the Cell deployment.
         args: the application's arguments.
+
+    Attributes:
+        way_back: what results took from the cells to the caller.
     """
 
     def __init__(self, cell: DeploymentHandle, args: AppArgs) -> None:
@@ -59,23 +63,51 @@ class Router:
         self._cell = cell
         self._info: ModelInfo | None = None
         self._checked_s = float("-inf")
+        self.way_back = WayBack()
 
     # -- the Python handle ---------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Make one picture. Raises the errors of `tetriserve.errors`; cancelling this frees the GPUs."""
+        request = self._arrived(request)
         (result,) = [item async for item in self._submit(request, self._once)]
         assert isinstance(result, GenerateResult)
-        return result
+        return self.answered(result, request)
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Progress | GenerateResult, None]:
         """Like `generate`, but yields `Progress` items on the way; the last item is the result.
 
         When a cell is lost on the way, another one starts the request anew and progress falls back.
         """
+        request = self._arrived(request)
         async with aclosing(self._submit(request, self._streamed)) as items:
             async for item in items:
-                yield item
+                yield self.answered(item, request) if isinstance(item, GenerateResult) else item
+
+    def _arrived(self, request: GenerateRequest) -> GenerateRequest:
+        """With the time from which its deadline counts, unless the HTTP edge has put that down."""
+        if request.arrived_s is not None:
+            return request
+        way_back_s = self.way_back.predict("", request.shape.pixels)
+        return dataclasses.replace(request, arrived_s=time.time(), way_back_s=way_back_s)
+
+    def answered(
+        self, result: GenerateResult, request: GenerateRequest, kind: str = "", *, is_last: bool = True
+    ) -> GenerateResult:
+        """The result as it leaves here now.
+
+        Args:
+            request: as it arrived here.
+            kind: the format of the file that was made of it, "" for none.
+            is_last: nothing else was waited for since it was made, so its way back can be measured by it.
+        """
+        assert request.arrived_s is not None
+        now_s = time.time()
+        is_kept = result.created_s < request.arrived_s  # of an earlier call
+        if is_last and not is_kept:
+            self.way_back.note(kind, request.shape.pixels, now_s - result.created_s)
+        since_s = request.arrived_s if is_kept else result.metrics.arrival_s
+        return dataclasses.replace(result, metrics=result.metrics.answered(now_s - since_s))
 
     async def _submit(
         self,
@@ -85,13 +117,11 @@ class Router:
         """What the cell says about a request. Once accepted it is submitted again, with the same id, seed and
         deadline, while the cells that work on it are lost."""
         request = await self._admit(request)
-        arrived_s = time.monotonic()
         name = request.request_id
         for attempt in itertools.count():
-            waited_s = time.monotonic() - arrived_s if attempt else 0.0
             log_request(DEBUG, name, "goes to a cell")
             try:
-                async with aclosing(submit(dataclasses.replace(request, waited_s=waited_s))) as items:
+                async with aclosing(submit(dataclasses.replace(request, attempt=attempt))) as items:
                     async for item in items:
                         yield item
                 return
@@ -227,7 +257,6 @@ class Router:
             model=info.name,
             request_id=request.request_id or uuid.uuid4().hex,
             seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
-            waited_s=0.0,
         )
 
     async def model_named(self, name: str | None) -> ModelInfo:

@@ -132,16 +132,12 @@ class IlpPolicy:
 
     def __call__(self, snapshot: Snapshot) -> Packing:
         stop_s = time.perf_counter() + self.time_limit_s
-        planned = with_room_for_newcomers(snapshot)
-        # whatever starts now ends before the least patient newcomer is late, unless somebody known would be
-        search = self._search(Board(planned, longest_step_s=snapshot.newcomer_slack_s), stop_s)
-        if search.set_aside and not search.is_over():
-            whole = Board(planned)
-            if any(job.work != one.work for job, one in zip(search.board.jobs, whole.jobs, strict=True)):
-                search = max(search, self._search(whole, stop_s), key=lambda one: one.schedule.on_time)
+        # what starts now ends before the least patient newcomer would be late
+        board = Board(with_room_for_newcomers(snapshot), longest_step_s=snapshot.newcomer_slack_s)
+        search = self._search(board, stop_s)
         set_aside, starving = search.set_aside, search.starving
         schedule, riders, began = ride(
-            search.board,
+            board,
             search.schedule,
             set_aside + [Run(job) for job in search.late if job is not starving],
             starving,
@@ -154,7 +150,7 @@ class IlpPolicy:
         best_effort = [*([] if first is None else [first]), *riders, *rest]
         # nobody waits for these, and what starts later is decided later
         until_s = snapshot.boundary_s + snapshot.round_s
-        fill_gaps(search.board, schedule, best_effort, until_s=until_s, stop_s=stop_s)
+        fill_gaps(board, schedule, best_effort, until_s=until_s, stop_s=stop_s)
         entries = tuple(entries_of(schedule.segments))
         return Packing(entries, frozenset(run.open.job.id for run in set_aside), search.info)
 
@@ -209,6 +205,8 @@ def _demands(board: Board, jobs: Sequence[OpenJob]) -> list[Demand]:
     ]
     gpus = [cost / (job.job.deadline_s - now_s) for cost, job in zip(costs, jobs, strict=True)]
     weights = fair_weights([job.job.client for job in jobs], gpus, len(board.free_at_s))
+    others = sum(weight for weight, job in zip(weights, jobs, strict=True) if not job.job.promised)
+    weights = [w * (1 + others) if job.job.promised else w for w, job in zip(weights, jobs, strict=True)]
     return [
         Demand(job.job.deadline_s, cost, job.job.set_aside, job.job.priority, weight)
         for job, cost, weight in zip(jobs, costs, weights, strict=True)

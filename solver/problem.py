@@ -49,6 +49,7 @@ class Job:
         priority: tie-break, larger first.
         slo_s: the budget it arrived with (deadline minus arrival); `math.inf` without deadline.
         client: whose it is; clients share the board equally.
+        promised: it was accepted on condition of being on time; nobody else's being on time is worth that.
         alone_s: seconds from arrival to the end if it had everything at once, at its fastest degrees.
     """
 
@@ -62,6 +63,7 @@ class Job:
     priority: int = 0
     slo_s: float = math.inf
     client: str | None = None
+    promised: bool = False
     alone_s: float = 0.0
 
     @property

@@ -116,6 +116,8 @@ class Cell:
         self.pause_s = 0.0
         self.history = History(2, 1700000000.0)
         self.info = INFO
+        self.created_s: Callable[[], float] | None = None
+        """When a picture was made; None for long ago, as that of a repeated request."""
 
     @property
     def generate(self) -> Method:
@@ -198,14 +200,15 @@ class Cell:
             steps=steps,
             schedule=(ran,),
             seed=seed,
-            arrival_s=1699999999.5,
+            arrival_s=(request.arrived_s or 0.0) if self.created_s else 1699999999.5,
             planned_with=PlannedWith(0.2, {1: 0.05, 2: 0.03}, 0.4),
             peak_memory_bytes=3 << 20,
             lost=LOST,
             predicted_s=1.5,
         )
         image = np.full((request.height, request.width, 3), 128, np.uint8)
-        return GenerateResult(request.request_id or "r", image, 1700000000.5, INFO.name, metrics)
+        created_s = self.created_s() if self.created_s else 1700000000.5
+        return GenerateResult(request.request_id or "r", image, created_s, INFO.name, metrics)
 
     async def _stream(self, request: GenerateRequest) -> Any:
         for item in self.progress:

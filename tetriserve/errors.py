@@ -64,9 +64,20 @@ class NotReady(Overloaded):
 
 
 class DeadlineInfeasible(TetriserveError):
-    """The deadline cannot be met, and `drop_late` or `reject_infeasible` was asked (HTTP 503)."""
+    """The deadline cannot be met, and `drop_late` or `reject_infeasible` was asked (HTTP 503).
+
+    Attributes:
+        earliest_slo_s: with this one it would have been accepted; None when that is not known.
+    """
 
     code = "deadline_infeasible"
+
+    def __init__(self, message: str, earliest_slo_s: float | None = None) -> None:
+        super().__init__(message)
+        self.earliest_slo_s = earliest_slo_s
+
+    def __reduce__(self) -> tuple[type, tuple[str, float | None]]:
+        return type(self), (self.message, self.earliest_slo_s)
 
 
 class GenerationFailed(TetriserveError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from tetriserve.errors import InvalidRequest
@@ -66,7 +66,11 @@ class GenerateRequest:
             open and for some minutes after.
         client: whose it is, for limits and fairness; filled in by the HTTP edge (never an API key itself), None is a
             client too.
-        waited_s: seconds since it arrived, when a cell was lost and it is submitted again; filled in by the server.
+        arrived_s: Unix time at which it reached the HTTP edge or the handle, from which `slo_s` counts; filled in
+            there unless the caller of the handle has an edge of its own.
+        way_back_s: what the result will take from the GPUs to whoever asked; filled in with it, and taken off the
+            time that the plans have.
+        attempt: how many cells were lost under it; filled in by the server.
     """
 
     prompt: str
@@ -91,7 +95,9 @@ class GenerateRequest:
     lora: str | None = None
     lora_scale: float = 1.0
     client: str | None = field(default=None, repr=False)
-    waited_s: float = 0.0
+    arrived_s: float | None = None
+    way_back_s: float = 0.0
+    attempt: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -298,6 +304,9 @@ class Metrics:
         lost: ranges that had to be run again; those of a lost cell are not known to the next one.
         arrival_s: Unix seconds by the scheduler's clock.
         predicted_s: time from arrival to the end as the first plan had it; None when it could not say.
+        total_s: time from arrival to the picture, in the cell ...
+        response_s: ... and to the answer, as far as the edge can see: hops and the making of a file are in it.
+        slo_met: by `response_s`; in the cell by `total_s` and what the way back was expected to take.
         degraded: what was not computed as by the model as published, such as "int8" weights.
     """
 
@@ -318,6 +327,12 @@ class Metrics:
     lost: tuple[LostRange, ...] = ()
     predicted_s: float | None = None
     degraded: tuple[str, ...] = ()
+    response_s: float | None = None
+
+    def answered(self, response_s: float) -> Metrics:
+        """As the edge sends them, so long after the arrival."""
+        slo_met = None if self.slo_s is None else response_s <= self.slo_s
+        return replace(self, response_s=response_s, slo_met=slo_met)
 
 
 @dataclass(frozen=True)

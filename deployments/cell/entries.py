@@ -42,7 +42,7 @@ class Entry:
         asked: the request as it first came.
         request: with steps filled in.
         callers: the calls that wait for it; when the last one leaves it is given up.
-        arrival_s: on the scheduler's monotonic clock.
+        arrival_s: at the edge, on the scheduler's monotonic clock; `admitted_s` here.
         conditioning: reference to what encode made.
         latents: reference to the latents behind the last range sent out ...
         committed_latents: ... and behind the last one reported: what is left when a GPU is lost.
@@ -59,6 +59,7 @@ class Entry:
     asked: GenerateRequest
     request: GenerateRequest
     arrival_s: float
+    admitted_s: float
     slo_s: float | None
     planned_with: PlannedWith
     result: asyncio.Future[GenerateResult]
@@ -172,7 +173,7 @@ class Entry:
             total_s=total_s,
             inference_s=schedule[-1].end_s - schedule[0].start_s,
             slo_s=self.slo_s,
-            slo_met=None if self.slo_s is None else total_s <= self.slo_s,
+            slo_met=None if self.slo_s is None else total_s + self.request.way_back_s <= self.slo_s,
             steps=tuple(steps),
             schedule=tuple(schedule),
             lost=tuple(self.lost),

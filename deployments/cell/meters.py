@@ -70,6 +70,13 @@ class Meters:
         self._phases = meter(
             "Histogram", "phase_seconds", "Seconds of a finished request, by phase.", "phase", "shape"
         )
+        self._lateness = meter(
+            "Histogram",
+            "lateness_seconds",
+            "Seconds from the deadline to the end, 0 before it, of requests with one.",
+            "outcome",
+            "shape",
+        )
         self._steps = meter("Histogram", "step_seconds", "Seconds of a denoising step.", "shape", "degree")
         self._ratio = meter(
             "Gauge",
@@ -96,10 +103,17 @@ class Meters:
         self._held = meter("Gauge", "held_requests", "Requests with tensors on the GPUs, over all GPUs.")
         self._gpus = meter("Gauge", "gpus", "GPUs of the cell by state.", "state")
 
-    def ended(self, outcome: str, shape: Shape, metrics: Metrics | None = None) -> None:
-        """A request ended: "met", "late" or "no_deadline", with its metrics, or with the code of its error."""
+    def ended(
+        self, outcome: str, shape: Shape, metrics: Metrics | None = None, past_s: float | None = None
+    ) -> None:
+        """A request ended: "met", "late" or "no_deadline", with its metrics, or with the code of its error.
+
+        `past_s` is how long after its deadline, negative before it; None without one.
+        """
         label = self._label(shape)
         self._requests.add(1, outcome, label)
+        if past_s is not None:
+            self._lateness.observe(max(0.0, past_s), outcome, label)
         if metrics is not None:
             for phase in ("queue", "encode", "denoise", "decode", "total"):
                 self._phases.observe(getattr(metrics, f"{phase}_s"), phase, label)

@@ -7,10 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from deployments.logs import logger
 from solver.policies import make_policy
-from solver.problem import Packing, Policy, Snapshot
+from solver.problem import Job, Packing, Policy, Snapshot
+from tetriserve.scheduler.promises import earliest_deadline_s
 
 FALLBACK_POLICY = "edf"
 """A plain list schedule: no solver, done in milliseconds."""
+MAX_OFFERS = 4
+"""So many refused requests may wait for the deadline that they could have had; in a burst of them the plans of the
+accepted ones need the processor."""
 
 
 class Planner:
@@ -30,6 +34,8 @@ class Planner:
         self._fallback = make_policy(FALLBACK_POLICY)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._planning: asyncio.Future[Packing] | None = None
+        self._offers_thread = ThreadPoolExecutor(1, thread_name_prefix="offers")
+        self._offers = 0
 
     async def pack(self, snapshot: Snapshot) -> tuple[Packing, bool]:
         """The packing, and whether it is the fallback's.
@@ -46,3 +52,18 @@ class Planner:
                 logger.exception("the %s policy failed", self.policy.name)
         self.fallbacks += 1
         return self._fallback(snapshot), True
+
+    async def earliest_deadline_s(self, snapshot: Snapshot, refused: Job) -> float | None:
+        """With which deadline a request that was turned away would have been accepted; None when nobody has the time
+        to find out."""
+        if self._offers >= MAX_OFFERS:
+            return None
+        self._offers += 1
+        ask = asyncio.get_running_loop().run_in_executor
+        try:
+            return await ask(self._offers_thread, earliest_deadline_s, self.policy, snapshot, refused)
+        except Exception:
+            logger.exception("no deadline was found that a refused request could have had")
+            return None
+        finally:
+            self._offers -= 1

@@ -83,7 +83,7 @@ class Requests:
             entry = self._admit(request)
         elif not request.repeatable:
             raise InvalidRequest("request_id", f"{request.request_id!r} is already open")
-        elif entry.asked != replace(request, waited_s=0.0):
+        elif entry.asked != _as_asked(request):
             raise InvalidRequest("Idempotency-Key", "it was used for another request")
         else:
             log_request(DEBUG, entry.name, "is asked for again")
@@ -96,7 +96,7 @@ class Requests:
         now_s = time.monotonic()
         open_requests = Counter(entry.request.client for entry in self.entries.values())
         full = self._admission.refusal(request.client, open_requests)
-        if full and not request.waited_s:  # else it was accepted once
+        if full and not request.attempt:  # else it was accepted once
             raise Overloaded(full, retry_after_s=int(self._state.rounds.predictions.drain_s(now_s) / 2) + 1)
         if request.model not in (None, "default", self._state.info.name):
             raise InvalidRequest(
@@ -104,7 +104,7 @@ class Requests:
             )
         self._state.info.check(request)
         assert request.request_id is not None and request.seed is not None, "the ingress fills these in"
-        asked = replace(request, waited_s=0.0)
+        asked = _as_asked(request)
         request = replace(
             request, num_inference_steps=request.num_inference_steps or self._state.info.default_steps
         )
@@ -112,18 +112,19 @@ class Requests:
         slo_s = request.slo_s
         if slo_s is None and self._state.args.scheduler.default_slo_scale is not None:
             slo_s = self._state.args.scheduler.default_slo_scale * least_work_s(phases)
-        arrival_s = now_s - request.waited_s
+        waited_s = 0.0 if request.arrived_s is None else max(0.0, time.time() - request.arrived_s)
+        arrival_s = now_s - waited_s
         result = asyncio.get_running_loop().create_future()
         identity = f"{request.request_id}#{next(self._serial)}"
-        entry = Entry(identity, asked, request, arrival_s, slo_s, PlannedWith.of(phases), result)
+        entry = Entry(identity, asked, request, arrival_s, now_s, slo_s, PlannedWith.of(phases), result)
         self._state.rounds.arrived(
             entry.id,
             phases,
             now_s,
-            float("inf") if slo_s is None else arrival_s + slo_s,
+            float("inf") if slo_s is None else arrival_s + slo_s - request.way_back_s,
             priority=request.priority,
             drop_late=_asked(request.drop_late, self._state.args.scheduler.drop_late),
-            reject_infeasible=not request.waited_s  # else it was accepted once
+            reject_infeasible=not request.attempt  # else it was accepted once
             and _asked(request.reject_infeasible, self._state.args.scheduler.reject_infeasible),
             client=request.client,
         )
@@ -138,7 +139,7 @@ class Requests:
             arrival_unix_s,
             None if slo_s is None else arrival_unix_s + slo_s,
         )
-        if request.waited_s:
+        if request.attempt:
             self._state.meters.resubmitted()
         self._log_accepted(entry)
         self._state.wake.set()
@@ -150,7 +151,8 @@ class Requests:
         if self._state.profile.profile.interpolates(request.shape):
             shape += " (step times interpolated)"
         deadline = "no deadline" if entry.slo_s is None else f"deadline {entry.slo_s:.3f} s"
-        again = f", {request.waited_s:.1f} s after another cell" if request.waited_s else ""
+        waited_s = entry.admitted_s - entry.arrival_s
+        again = f", {waited_s:.1f} s after it came to another cell" if request.attempt else ""
         what = f"{shape}, {request.num_inference_steps} steps, {deadline}{again}"
         log_request(INFO, entry.name, "accepted: %s", what)
 
@@ -178,7 +180,8 @@ class Requests:
             word = "no_deadline" if metrics.slo_met is None else "met" if metrics.slo_met else "late"
         total_s = time.monotonic() - entry.arrival_s if metrics is None else metrics.total_s
         log_request(INFO, entry.name, "ended: %s after %.3f s", word, total_s, outcome=word, total_s=total_s)
-        self._state.meters.ended(word, entry.request.shape, metrics)
+        past_s = None if entry.slo_s is None else total_s + entry.request.way_back_s - entry.slo_s
+        self._state.meters.ended(word, entry.request.shape, metrics, past_s)
         self._state.history.ended(entry.id, word, time.time())
         if not entry.result.done():
             if isinstance(outcome, TetriserveError):
@@ -209,6 +212,11 @@ class Requests:
     def turn_away(self, request_ids: list[str], why: str) -> None:
         for entry in [self.entries[request_id] for request_id in request_ids]:
             self.end(entry, DeadlineInfeasible(f"request {entry.name} {why}"))
+
+
+def _as_asked(request: GenerateRequest) -> GenerateRequest:
+    """Without what the server filled in, which differs each time."""
+    return replace(request, arrived_s=None, way_back_s=0.0, attempt=0)
 
 
 def _asked(option: bool | None, default: bool) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
@@ -29,7 +30,8 @@ from deployments.cell.view import View
 from deployments.config import AppArgs
 from deployments.logs import LogForm, logger, write_as
 from solver.policies import make_policy
-from tetriserve.errors import CellLost, OutOfMemory
+from solver.problem import Job, Snapshot
+from tetriserve.errors import CellLost, DeadlineInfeasible, OutOfMemory
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
 from tetriserve.scheduler.history import Plan
@@ -146,10 +148,9 @@ class Scheduler:
             snapshot = self._state.rounds.snapshot(time.monotonic())
             if snapshot.jobs:
                 packing, fell_back = await self._planner.pack(snapshot)
-                self._requests.turn_away(
-                    self._state.rounds.infeasible(snapshot, packing),
-                    "cannot meet its deadline (reject_infeasible)",
-                )
+                refused = self._state.rounds.infeasible(snapshot, packing)
+                for request_id in refused:  # answered by `_offer`
+                    self._state.rounds.cancelled(request_id)
                 plan = self._state.rounds.commit(snapshot, packing, time.monotonic())
                 self._view.plan_s.append(time.monotonic() - snapshot.now_s)
                 self._state.meters.planned(self._view.plan_s[-1])
@@ -160,9 +161,24 @@ class Scheduler:
                 self._state.history.planned(Plan(start_s, self._view.plan_s[-1], fell_back, boundary_s))
                 for assignment in plan.assignments:
                     self._ranges.dispatch(assignment)
+                for job in (job for job in snapshot.jobs if job.id in refused):
+                    self.spawn(self._offer(job, self._state.rounds.snapshot(time.monotonic())))
                 for job in snapshot.jobs:
                     if entry := self._requests.entries.get(job.id):
                         entry.predict(self._state.rounds.predictions.finish_s(job.id, snapshot.now_s))
+
+    async def _offer(self, job: Job, snapshot: Snapshot) -> None:
+        """Answer a refused request, with the deadline that it could have had on the board of `snapshot`."""
+        deadline_s = await self._planner.earliest_deadline_s(snapshot, job)
+        entry = self._requests.entries.get(job.id)
+        if entry is None:  # given up meanwhile
+            return
+        why, slo_s = "cannot meet its deadline (reject_infeasible)", None
+        if deadline_s is not None and deadline_s < math.inf:
+            # named to three digits, upwards: it has to be enough
+            slo_s = _round_up(deadline_s - entry.arrival_s)
+            why += f"; with slo_s {slo_s:g} it could"
+        self._requests.end(entry, DeadlineInfeasible(f"request {entry.name} {why}", slo_s))
 
     # ---- lost GPUs ----------------------------------------------------------------------------------------
 
@@ -215,9 +231,7 @@ class Scheduler:
         """With all GPUs there and requests waiting something has to be on the board."""
         if self._state.rounds.running or self._state.lost or not self._requests.entries:
             return
-        waiting = [
-            now_s - entry.arrival_s - entry.request.waited_s for entry in self._requests.entries.values()
-        ]
+        waiting = [now_s - entry.admitted_s for entry in self._requests.entries.values()]
         idle_s = min([now_s - self._recovery.last_report_s, *waiting])
         if idle_s > self._state.args.cell.step_timeout_floor_s:
             self._fail_cell(f"nothing was planned for {idle_s:.0f} s while requests wait")
@@ -266,3 +280,9 @@ def create_scheduler(args: AppArgs, group: PlacementGroup) -> Any:
         )
         .remote(args, group)
     )
+
+
+def _round_up(seconds: float) -> float:
+    """To three digits."""
+    digit = 10.0 ** (math.floor(math.log10(seconds)) - 2)
+    return float(f"{math.ceil(seconds / digit) * digit:.3g}")

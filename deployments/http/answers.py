@@ -22,6 +22,9 @@ class ErrorDetail(_Answer):
     type: Literal["invalid_request_error", "authentication_error", "server_error"]
     param: str | None = Field(description="The field that is wrong, where there is one.")
     code: str
+    earliest_slo_s: float | None = Field(
+        None, description="With `deadline_infeasible`: the request would be accepted with this one."
+    )
 
 
 class ErrorAnswer(_Answer):
@@ -88,6 +91,7 @@ class MetricsAnswer(_Answer):
     seed: int
     peak_memory_mb: float
     predicted_s: float | None = Field(description="Arrival to end, as the first plan had it.")
+    response_s: float | None = Field(description="Arrival to this answer; `slo_met` goes by it.")
     degraded: list[str] = Field(description="What was not computed as by the model as published.")
 
 

@@ -302,6 +302,7 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
         "seed": metrics.seed,
         "peak_memory_mb": round(metrics.peak_memory_bytes / 2**20, 1),
         "predicted_s": metrics.predicted_s,
+        "response_s": metrics.response_s,
         "degraded": list(metrics.degraded),
     }
 
@@ -317,7 +318,7 @@ def result_headers(response_id: str, metrics: Metrics) -> dict[str, str]:
     seconds = {
         "X-Inference-Time-S": metrics.inference_s,
         "X-Predicted-Finish-S": metrics.predicted_s,
-        "X-Finish-S": metrics.total_s,
+        "X-Finish-S": metrics.response_s,
         "X-SLO-S": metrics.slo_s,
     }
     headers = generation_headers(response_id, seconds)
@@ -383,5 +384,7 @@ def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[st
         return 409, body, {"x-should-retry": "false"}
     if isinstance(error, DeadlineInfeasible):
         # OpenAI's client repeats a 503 by itself; a deadline that is lost stays lost
+        if error.earliest_slo_s is not None:
+            body["error"]["earliest_slo_s"] = error.earliest_slo_s
         return 503, body, {"x-should-retry": "false"}
     return 500, body, {}

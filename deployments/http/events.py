@@ -7,7 +7,7 @@ import base64
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -94,12 +94,14 @@ async def events(
     requests: Sequence[GenerateRequest],
     first: Said,
     rest: AsyncGenerator[Said, None],
+    answered: Callable[[int, GenerateResult], GenerateResult],
 ) -> AsyncGenerator[bytes, None]:
     """The body of a streamed answer.
 
     Args:
         requests: those of the single pictures.
         first, rest: what `newest` says of them.
+        answered: the result of a picture as it leaves now.
     """
     sent = [0] * len(requests)
     shown_steps = [0] * len(requests)
@@ -115,7 +117,8 @@ async def events(
                 if item.preview is not None and item.steps_done > shown_steps[picture]:
                     pixels = await asyncio.to_thread(_enlarged, item.preview, shape.width, shape.height)
                     more = about | {"partial_image_index": sent[picture]}
-                    yield await _picture_event("partial_image", request, pixels, more)
+                    content = await _encoded(request, pixels)
+                    yield _picture_event("partial_image", request, pixels.shape, content, more)
                     sent[picture] += 1
                     shown_steps[picture] = item.steps_done
                 if request.progress:
@@ -123,8 +126,9 @@ async def events(
             elif isinstance(item, GenerateResult):
                 steps = sum(part.steps for part in item.metrics.steps)
                 about |= _steps(Progress(item.request_id, "decode", steps, steps, predicted_finish_s=0.0))
-                more = about | {"usage": NO_TOKENS, "metrics": metrics_body(item.metrics)}
-                yield await _picture_event("completed", request, item.image, more)
+                content = await _encoded(request, item.image)
+                more = about | {"usage": NO_TOKENS, "metrics": metrics_body(answered(picture, item).metrics)}
+                yield _picture_event("completed", request, item.image.shape, content, more)
             else:
                 yield KEEPALIVE
             said = await anext(rest, None)
@@ -156,10 +160,15 @@ def _steps(progress: Progress) -> dict[str, Any]:
     return {"steps_done": progress.steps_done, "steps": progress.steps, "predicted_finish_s": finish_s}
 
 
-async def _picture_event(kind: str, request: ImageRequest, pixels: np.ndarray, more: dict[str, Any]) -> bytes:
-    """One of OpenAI's two events; `pixels` are uint8 [height, width, 3]."""
-    content = await asyncio.to_thread(encode_image, pixels, request.output_format, request.quality)
-    height, width = pixels.shape[:2]
+async def _encoded(request: ImageRequest, pixels: np.ndarray) -> bytes:
+    return await asyncio.to_thread(encode_image, pixels, request.output_format, request.quality)
+
+
+def _picture_event(
+    kind: str, request: ImageRequest, shape: tuple[int, ...], content: bytes, more: dict[str, Any]
+) -> bytes:
+    """One of OpenAI's two events, of a picture of `shape` [height, width, 3] as a file."""
+    height, width = shape[:2]
     body = {
         "b64_json": base64.b64encode(content).decode(),
         "background": "opaque",

@@ -88,6 +88,7 @@ class Endpoints:
     async def authorize(self, http: Request) -> None:
         """Let those with an API key in, everybody where none are configured; remember who it is."""
         http.state.client = None
+        http.state.arrived_s = time.time()
         if self._keys:
             http.state.client = check_key(self._keys, http.headers.get("authorization", ""))
 
@@ -96,7 +97,13 @@ class Endpoints:
         body = await _read_body(http, self._args.http.max_body_bytes)
         request = ImageRequest.parse(body, self._args.http.max_n)
         response_id, requests = self._identified(request, http)
-        requests = [dataclasses.replace(one, client=http.state.client) for one in requests]
+        way_back_s = self._router.way_back.predict(request.output_format, requests[0].shape.pixels)
+        requests = [
+            dataclasses.replace(
+                one, client=http.state.client, arrived_s=http.state.arrived_s, way_back_s=way_back_s
+            )
+            for one in requests
+        ]
         if request.stream:
             return await self._streamed_images(request, response_id, requests)
         results = await self._generate_all(requests)
@@ -111,6 +118,11 @@ class Endpoints:
             pictures = [{"url": url} for url in urls]
         else:
             pictures = [{"b64_json": base64.b64encode(content).decode()} for content in encoded]
+        last = max(results, key=lambda result: result.created_s)
+        results = [
+            self._router.answered(result, one, request.output_format, is_last=result is last)
+            for result, one in zip(results, requests, strict=True)
+        ]
         slowest = max(results, key=lambda result: result.metrics.total_s)
         answer = image_response(request, response_id, results, slowest, pictures)
         return JSONResponse(answer, headers=result_headers(response_id, slowest.metrics))
@@ -127,7 +139,12 @@ class Endpoints:
             finish_s = time.monotonic() - start_s + first[1].predicted_finish_s
         seconds = {"X-SLO-S": requests[0].slo_s, "X-Predicted-Finish-S": finish_s}
         headers = generation_headers(response_id, seconds)
-        return EventResponse(news, events(request, response_id, requests, first, news), headers)
+
+        def answered(picture: int, result: GenerateResult) -> GenerateResult:
+            return self._router.answered(result, requests[picture], request.output_format)
+
+        body = events(request, response_id, requests, first, news, answered)
+        return EventResponse(news, body, headers)
 
     async def _keep(
         self, results: list[GenerateResult], encoded: list[bytes], media_type: str, base_url: str

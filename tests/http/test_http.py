@@ -28,6 +28,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.http.bodies import ImageRequest
+from deployments.http.pictures import encode_image
 from deployments.logs import logger
 from deployments.router import MAX_RESUBMISSIONS
 from tetriserve import errors
@@ -364,6 +365,35 @@ def test_errors_of_ray(error: BaseException, status: int, code: str) -> None:
     check_error(post(Cell(error=error), **PICTURE), status, code)
 
 
+def test_a_refusal_names_the_deadline_that_could_be_kept() -> None:
+    answer = post(Cell(error=by_ray(errors.DeadlineInfeasible("too late", 2.5))), **PICTURE)
+    assert answer.status_code == 503 and answer.json()["error"]["earliest_slo_s"] == 2.5
+
+
+def test_an_answer_counts_from_the_edge_to_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cell had it in time and did not know how long the file takes: the answer does, and so do the next plans."""
+
+    def slow(*about: Any) -> bytes:
+        time.sleep(0.3)
+        return encode_image(*about)
+
+    monkeypatch.setattr("deployments.http.routes.encode_image", slow)
+    cell = Cell()
+    cell.created_s = time.time
+    front = ingress(cell).__serve_build_asgi_app__()
+
+    async def run() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://test") as client:
+            asked = PICTURE | {"slo_s": 0.2}
+            return [(await client.post(URL, json=asked)).json()["metrics"] for _ in range(2)]
+
+    first, second = asyncio.run(run())
+    assert first["slo_met"] is False and 0.3 <= first["response_s"] < 5
+    assert second["slo_met"] is False
+    unknown_s, known_s = (request.way_back_s for request in cell.requests)
+    assert unknown_s == 0 and 0.3 <= known_s < 5
+
+
 def test_an_accepted_request_outlives_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cell dies, the next one is still starting, then its scheduler fails: the fourth answers."""
     monkeypatch.setattr("deployments.router.RESUBMIT_PAUSE_S", 0.01)
@@ -376,8 +406,8 @@ def test_an_accepted_request_outlives_its_cells(monkeypatch: pytest.MonkeyPatch)
     assert post(cell, **PICTURE).status_code == 200
     assert len({(request.request_id, request.seed) for request in cell.requests}) == 1
     assert cell.requests[0].seed is not None
-    waited_s = [request.waited_s for request in cell.requests]
-    assert len(waited_s) == 4 and waited_s[0] == 0 and waited_s == sorted(set(waited_s))
+    assert [request.attempt for request in cell.requests] == [0, 1, 2, 3]
+    assert len({request.arrived_s for request in cell.requests}) == 1  # its deadline does not move
 
     cell.losses = [errors.NotReady("starting")]  # never accepted: the client is told
     check_error(post(cell, **PICTURE), 503, "not_ready")
@@ -406,7 +436,7 @@ def test_idempotency_key_names_the_request_and_its_seed() -> None:
         return answer.json()["id"], cell.requests[-1]
 
     first, again = posted("order-1"), posted("order-1")
-    assert first[0] == again[0] and replace(again[1], waited_s=0) == replace(first[1], waited_s=0)
+    assert first[0] == again[0] and replace(again[1], arrived_s=0) == replace(first[1], arrived_s=0)
     assert first[1].repeatable and first[1].seed is not None
     assert posted("order-1", seed=5)[1].seed == 5
     assert posted("order-2")[0] != first[0]

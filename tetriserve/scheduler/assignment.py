@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from solver.problem import Job, Packing, Phase
+from solver.problem import Job, Phase
 
 EPSILON_S = 1e-9
 
@@ -56,7 +56,11 @@ class RoundPlan:
 class OpenRequest:
     """An open request: its chain of phases and how far it is committed and confirmed, in whole steps.
 
-    `planned_end_s` is its end in the last packing, None when that did not reach it.
+    Attributes:
+        reject_infeasible: the next packing decides whether it may stay ...
+        promised: ... it has, and is to be on time.
+        planned_end_s: its end in the last packing, None when that did not reach it.
+        alone_s: seconds that all of it takes at its fastest degrees.
     """
 
     id: str
@@ -75,6 +79,7 @@ class OpenRequest:
     outstanding: list[int] = field(default_factory=list)
     aborting: bool = False
     planned_end_s: float | None = None
+    promised: bool = False
     alone_s: float = 0.0
 
     @property
@@ -106,13 +111,6 @@ class OpenRequest:
             skip -= phase.steps
         return 0
 
-    def misses(self, packing: Packing) -> bool:
-        """Whether a packing sets it aside, or has all of it and ends it late."""
-        planned = [entry for entry in packing.entries if entry.job_id == self.id]
-        complete = sum(entry.steps for entry in planned) >= self.total
-        ends_late = complete and max(entry.end_s for entry in planned) > self.deadline_s + EPSILON_S
-        return self.id in packing.set_aside or ends_late
-
     def job(self) -> Job:
         """As a policy sees it."""
         return Job(
@@ -126,6 +124,7 @@ class OpenRequest:
             priority=self.priority,
             slo_s=self.deadline_s - self.arrival_s,
             client=self.client,
+            promised=self.promised,
             alone_s=self.alone_s,
         )
 

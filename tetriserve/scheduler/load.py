@@ -15,6 +15,8 @@ WINDOW_S = 300.0
 A scheduler younger than that expects less than what it sees: it has seen too little to hold GPUs back."""
 IMPATIENT_SHARE = 0.05
 """So many of those who arrive may have less slack than is reckoned with: a rare one does not rule all the others."""
+FEW = 20
+"""Of fewer arrivals in the window none keeps a range short: the next one is long in coming."""
 
 
 class RecentLoad:
@@ -43,9 +45,9 @@ class RecentLoad:
         return tuple(Load(slo_s, cost / WINDOW_S) for slo_s, cost in self._gpu_seconds.items())
 
     def slack_s(self, now_s: float) -> float:
-        """Seconds that all but the least patient of those who arrived could lose; infinite when nobody came."""
+        """Seconds that all but the least patient of those who arrived could lose; infinite when few came."""
         self._forget(now_s)
-        if not self._slacks_s:
+        if len(self._slacks_s) < FEW:
             return math.inf
         return self._slacks_s[int(IMPATIENT_SHARE * len(self._slacks_s))]
 

@@ -16,6 +16,7 @@ from tetriserve.scheduler.assignment import EPSILON_S, Assignment, OpenRequest, 
 from tetriserve.scheduler.committed import Committed
 from tetriserve.scheduler.load import RecentLoad
 from tetriserve.scheduler.predictions import Predictions
+from tetriserve.scheduler.promises import is_missed
 
 
 class RoundScheduler:
@@ -172,16 +173,17 @@ class RoundScheduler:
     def infeasible(self, snapshot: Snapshot, packing: Packing) -> list[str]:
         """Requests with `reject_infeasible` that this packing, the first to see them, does not have on time.
 
-        To be asked between policy and commit; the caller ends and cancels them. A packing that only says how such a
-        request begins gives it the benefit of the doubt.
+        To be asked between policy and commit; the caller ends and cancels them. The others have a promise from now
+        on, which counts more than any number of requests without one.
         """
         rejected = []
         for job in snapshot.jobs:
             request = self._open.get(job.id)
             if request is None or not request.reject_infeasible:
                 continue
-            request.reject_infeasible = False  # accepted from now on
-            if job.is_late(snapshot.now_s) or request.misses(packing):
+            request.reject_infeasible = False
+            request.promised = not is_missed(job, packing, snapshot.now_s)
+            if not request.promised:
                 rejected.append(job.id)
         return rejected
 
