@@ -73,11 +73,12 @@ class Board:
 
     Attributes:
         sets: GPU sets by degree, those with a lost GPU left out.
-        longest_step_s: degrees with longer steps are left out as far as there are better ones (`short_steps`).
+        longest_range_s: what starts now ends within it where it can: degrees with longer steps are left out as far as
+            there are better ones (`short_steps`).
     """
 
     snapshot: Snapshot
-    longest_step_s: float = math.inf
+    longest_range_s: float = math.inf
 
     @cached_property
     def free_at_s(self) -> tuple[float, ...]:
@@ -113,7 +114,7 @@ class Board:
 
     def _table(self, phase: Phase) -> StepTable | None:
         usable = {degree: step_s for degree, step_s in phase.step_s.items() if degree in self.sets}
-        return short_steps(step_table(usable), self.longest_step_s) if usable else None
+        return short_steps(step_table(usable), self.longest_range_s) if usable else None
 
     def capacity(self, deadline_s: float) -> float:
         """GPU-seconds that are not committed yet between now and `deadline_s`."""
@@ -126,10 +127,10 @@ def waiting_order(job: OpenJob) -> tuple[int, float, str]:
 
 
 def first_starving(board: Board, best_effort: Sequence[OpenJob]) -> OpenJob | None:
-    """The best-effort request that is first in line, when its kind has waited long enough to be owed a segment."""
+    """The best-effort request that ends soonest, when its kind has waited long enough to be owed a segment."""
     if not best_effort:
         return None
-    first = min(best_effort, key=waiting_order)
+    first = min(best_effort, key=lambda job: (-job.job.priority, job.least_s, *waiting_order(job)))
     table, snapshot = first.work[0].table, board.snapshot
     segment_gpu_s = table.degrees[0] * max(table.seconds[0], snapshot.round_s)
     waited_s = snapshot.now_s - max(job.job.ready_s for job in best_effort)

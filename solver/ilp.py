@@ -133,7 +133,7 @@ class IlpPolicy:
     def __call__(self, snapshot: Snapshot) -> Packing:
         stop_s = time.perf_counter() + self.time_limit_s
         # what starts now ends before the least patient newcomer would be late
-        board = Board(with_room_for_newcomers(snapshot), longest_step_s=snapshot.newcomer_slack_s)
+        board = Board(with_room_for_newcomers(snapshot), longest_range_s=snapshot.newcomer_slack_s)
         search = self._search(board, stop_s)
         set_aside, starving = search.set_aside, search.starving
         schedule, riders, began = ride(
@@ -167,7 +167,22 @@ class IlpPolicy:
             self._improve(search)
         if search.best is None:
             search.complete(everybody, RULES[:1])
+        if any(run.open.job.promised for run in search.set_aside):
+            self._keep_promises(search)
         return search
+
+    def _keep_promises(self, search: _Search) -> None:
+        """Those with a promise by themselves, then one more after the other, the cheapest first, while all are on
+        time."""
+        served = [i for i, job in enumerate(search.jobs) if job.job.promised]
+        schedule = search.complete(served, RULES)
+        others = set(range(len(search.jobs))).difference(served)
+        for i in sorted(others, key=lambda i: search.demands[i].gpu_seconds):
+            if schedule.missed or search.is_over():
+                return
+            more = search.complete([*served, i], (schedule.rule,))
+            if not more.missed:
+                served, schedule = [*served, i], more
 
     def _improve(self, search: _Search) -> None:
         """Set requests aside as the ILP says; then one by one, as far as whole steps show that it asks too much."""

@@ -2,7 +2,7 @@
 
 At every instant at which a GPU or a request becomes free, idle GPUs go to the waiting requests in deadline order.
 Each takes its floor, the narrowest degree that the rule allows it; what is left idle then widens those it helps
-most. A segment runs whole steps up to a round boundary and is never cut.
+most. A segment runs whole steps up to a round boundary, or as long as the board allows, and is never cut.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Lister:
         self._events = freed + [(instant, 0) for instant in set(instants)]
         heapq.heapify(self._events)
         self._first_free: dict[int, tuple[float, list[GpuSet]]] = {}
-        self._reach_s = 0.0
+        self._reach_s = self._longest_s = 0.0
         self._move_to(self.now_s)
 
     # ---- time ---------------------------------------------------------------------------------------------
@@ -89,6 +89,7 @@ class Lister:
         target_s = now_s + GROWTH * (now_s - snapshot.now_s)
         rounds = math.floor((target_s - snapshot.boundary_s) / snapshot.round_s + 1e-6) + 1
         self._reach_s = snapshot.boundary_s + max(0, rounds) * snapshot.round_s - now_s
+        self._longest_s = self.board.longest_range_s + target_s - now_s
 
     # ---- which GPUs, for how long -------------------------------------------------------------------------
 
@@ -207,6 +208,8 @@ class Lister:
         steps = run.steps
         if step_s > EPSILON_S:
             steps = min(steps, max(1, math.ceil(self._reach_s / step_s - 1e-6)))
+            if self._longest_s < steps * step_s:
+                steps = max(1, math.floor(self._longest_s / step_s + 1e-6))
             if gpus.mask & self.limited:
                 room_s = min(self.until_s[gpu] for gpu in bits(gpus.mask & self.limited)) - self.now_s
                 steps = min(steps, max(1, math.floor(room_s / step_s + 1e-6)))

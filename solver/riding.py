@@ -76,7 +76,7 @@ def ride(
         if _is_bearable(schedule, timely, share):
             rest = [Run(job) for job, _ in turns[count:]]
             return schedule, sorted(riders + rest, key=by_deadline), first
-        count //= FEWER
+        count = max(1, count // FEWER) if count > 1 else 0
     return best, [run for _, run in sorted(turns, key=lambda turn: turn[0].job.deadline_s)], None
 
 

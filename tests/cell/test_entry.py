@@ -16,7 +16,16 @@ def entry() -> Entry:
     loop.close()
     planned_with = PlannedWith(0.0, {1: 0.1}, 0.0)
     one = Entry(
-        "r#0", request, request, 0.0, None, planned_with, result, conditioning="text", latents="after step 2"
+        "r#0",
+        request,
+        request,
+        0.0,
+        0.0,
+        None,
+        planned_with,
+        result,
+        conditioning="text",
+        latents="after step 2",
     )
     one.committed_latents = "after step 1"
     one.touched, one.knows, one.holders = {0, 1}, {0, 1}, {1}

@@ -384,7 +384,7 @@ def test_an_answer_counts_from_the_edge_to_the_answer(monkeypatch: pytest.Monkey
 
     async def run() -> list[dict[str, Any]]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://test") as client:
-            asked = PICTURE | {"slo_s": 0.2}
+            asked = PICTURE | {"slo_ms": 200}
             return [(await client.post(URL, json=asked)).json()["metrics"] for _ in range(2)]
 
     first, second = asyncio.run(run())

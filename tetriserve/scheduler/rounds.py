@@ -209,7 +209,7 @@ class RoundScheduler:
             jobs=jobs,
             next_boundary_s=self._boundary_s,
             expected=self._load.expected(now_s),
-            newcomer_slack_s=self._load.slack_s(now_s),
+            newcomer_slack_s=max(self._load.slack_s(now_s), self._min_round_s),
         )
 
     def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
