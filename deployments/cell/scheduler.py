@@ -177,7 +177,7 @@ class Scheduler:
         if deadline_s is not None and deadline_s < math.inf:
             # named to three digits, upwards: it has to be enough
             slo_s = _round_up(deadline_s - entry.arrival_s)
-            why += f"; with slo_s {slo_s:g} it could"
+            why += f"; one of {slo_s:g} s could be met"
         self._requests.end(entry, DeadlineInfeasible(f"request {entry.name} {why}", slo_s))
 
     # ---- lost GPUs ----------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ class ErrorDetail(_Answer):
     type: Literal["invalid_request_error", "authentication_error", "server_error"]
     param: str | None = Field(description="The field that is wrong, where there is one.")
     code: str
-    earliest_slo_s: float | None = Field(
-        None, description="With `deadline_infeasible`: the request would be accepted with this one."
+    earliest_slo_ms: int | None = Field(
+        None, description="With `deadline_infeasible`: the request would be accepted with this `slo_ms`."
     )
 
 

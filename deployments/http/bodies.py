@@ -385,6 +385,6 @@ def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[st
     if isinstance(error, DeadlineInfeasible):
         # OpenAI's client repeats a 503 by itself; a deadline that is lost stays lost
         if error.earliest_slo_s is not None:
-            body["error"]["earliest_slo_s"] = error.earliest_slo_s
+            body["error"]["earliest_slo_ms"] = round(1000 * error.earliest_slo_s)
         return 503, body, {"x-should-retry": "false"}
     return 500, body, {}

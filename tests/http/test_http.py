@@ -367,7 +367,7 @@ def test_errors_of_ray(error: BaseException, status: int, code: str) -> None:
 
 def test_a_refusal_names_the_deadline_that_could_be_kept() -> None:
     answer = post(Cell(error=by_ray(errors.DeadlineInfeasible("too late", 2.5))), **PICTURE)
-    assert answer.status_code == 503 and answer.json()["error"]["earliest_slo_s"] == 2.5
+    assert answer.status_code == 503 and answer.json()["error"]["earliest_slo_ms"] == 2500
 
 
 def test_an_answer_counts_from_the_edge_to_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ from dataclasses import replace
 from solver.problem import Job, Packing, Policy, Snapshot
 
 EPSILON_S = 1e-9
+MARGIN = 0.2
+"""A promise needs so much more time than the plan, as a share of what is left until its end: real steps take longer now
+and then."""
 RESOLUTION = 0.05
 """A deadline is named to this share of the time until then: each halving asks the policy once more."""
 MAX_DOUBLINGS = 8
@@ -22,7 +25,10 @@ def is_missed(job: Job, packing: Packing, now_s: float) -> bool:
         return True
     planned = [entry for entry in packing.entries if entry.job_id == job.id]
     complete = sum(entry.steps for entry in planned) >= sum(phase.steps for phase in job.phases)
-    return complete and max(entry.end_s for entry in planned) > job.deadline_s + EPSILON_S
+    if not complete:
+        return False
+    end_s = max(entry.end_s for entry in planned)
+    return end_s + MARGIN * (end_s - now_s) > job.deadline_s + EPSILON_S
 
 
 def earliest_deadline_s(policy: Policy, snapshot: Snapshot, refused: Job) -> float:
