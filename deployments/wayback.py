@@ -22,8 +22,8 @@ class WayBack:
         self._seconds: dict[tuple[str, int], deque[float]] = {}
 
     def note(self, kind: str, pixels: int, seconds: float) -> None:
-        """An answer took so long. The first of a kind and size also pays for what is loaded once: it is forgotten as
-        soon as there is a second."""
+        """An answer took so long. The first of a kind and size also pays for what is loaded once: from the second on
+        it counts for no more than that."""
         known = self._seconds.setdefault((kind, pixels), deque(maxlen=KEPT))
         if len(known) == 1:
             known[0] = min(known[0], seconds)

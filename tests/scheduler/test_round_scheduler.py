@@ -286,9 +286,9 @@ def test_reject_infeasible_is_judged_once_by_the_first_plan() -> None:
     policy = make_policy("ilp", time_limit_s=5.0)
     rounds = RoundScheduler(policy, 2)
     steps = (Phase("denoise", 10, {1: 1.0, 2: 0.6}),)  # 6 s at best, 10 s on one GPU
-    rounds.arrived("first", steps, 0.0, 10.5, reject_infeasible=True)
-    rounds.arrived("second", steps, 0.0, 10.5, reject_infeasible=True)
-    rounds.arrived("too many", steps, 0.0, 11.0, reject_infeasible=True)
+    rounds.arrived("first", steps, 0.0, 12.0, reject_infeasible=True)
+    rounds.arrived("second", steps, 0.0, 12.0, reject_infeasible=True)
+    rounds.arrived("too many", steps, 0.0, 12.5, reject_infeasible=True)
     rounds.arrived("hopeless", steps, 0.0, 5.0, reject_infeasible=True)
     rounds.arrived("patient", steps, 0.0, 5.0)
     snapshot = rounds.snapshot(0.0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from solver.problem import Job, Phase
+from tetriserve.scheduler.promises import with_margin
 
 EPSILON_S = 1e-9
 
@@ -113,10 +114,13 @@ class OpenRequest:
 
     def job(self) -> Job:
         """As a policy sees it."""
+        deadline_s = self.deadline_s
+        if self.reject_infeasible:
+            deadline_s = with_margin(self.arrival_s, deadline_s)
         return Job(
             id=self.id,
             arrival_s=self.arrival_s,
-            deadline_s=self.deadline_s,
+            deadline_s=deadline_s,
             ready_s=self.ready_s,
             phases=self.remaining(),
             gpus=self.gpus,

@@ -8,9 +8,9 @@ from dataclasses import replace
 from solver.problem import Job, Packing, Policy, Snapshot
 
 EPSILON_S = 1e-9
-MARGIN = 0.2
-"""A promise needs so much more time than the plan, as a share of what is left until its end: real steps take longer now
-and then."""
+MARGIN = 0.1
+"""Share of its budget that a request has to leave over to be promised its deadline: real steps take longer now and
+then. Only the plan that decides about it looks at the nearer deadline."""
 RESOLUTION = 0.05
 """A deadline is named to this share of the time until then: each halving asks the policy once more."""
 MAX_DOUBLINGS = 8
@@ -25,14 +25,16 @@ def is_missed(job: Job, packing: Packing, now_s: float) -> bool:
         return True
     planned = [entry for entry in packing.entries if entry.job_id == job.id]
     complete = sum(entry.steps for entry in planned) >= sum(phase.steps for phase in job.phases)
-    if not complete:
-        return False
-    end_s = max(entry.end_s for entry in planned)
-    return end_s + MARGIN * (end_s - now_s) > job.deadline_s + EPSILON_S
+    return complete and max(entry.end_s for entry in planned) > job.deadline_s + EPSILON_S
+
+
+def with_margin(arrival_s: float, deadline_s: float) -> float:
+    """The deadline that a request has to meet in the plan that decides about its promise."""
+    return deadline_s - MARGIN * (deadline_s - arrival_s) if deadline_s < math.inf else deadline_s
 
 
 def earliest_deadline_s(policy: Policy, snapshot: Snapshot, refused: Job) -> float:
-    """The nearest deadline with which `refused`, put to the policy beside the others of the snapshot, is on time.
+    """The nearest deadline with which `refused`, put to the policy beside the others of the snapshot, is promised it.
 
     `math.inf` when it is on time with none of those tried, up to `2 ** MAX_DOUBLINGS` times what it takes alone.
     """
@@ -58,4 +60,4 @@ def earliest_deadline_s(policy: Policy, snapshot: Snapshot, refused: Job) -> flo
             kept_s = middle_s
         else:
             late_s = middle_s
-    return snapshot.now_s + kept_s
+    return refused.arrival_s + (snapshot.now_s + kept_s - refused.arrival_s) / (1 - MARGIN)
