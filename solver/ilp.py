@@ -17,7 +17,7 @@ from solver.completion import fill_gaps, schedule_on_time
 from solver.fairness import fair_weights
 from solver.forecast import with_room_for_newcomers
 from solver.problem import Packing, Snapshot
-from solver.riding import SAFE_SHARE, ride
+from solver.riding import ride
 from solver.schedule import Rule, Run, Schedule, by_laxity, by_work, entries_of, total_weight
 from solver.selection import Demand, fits_all, select
 
@@ -31,6 +31,8 @@ RULES = (
 )
 """Variants of the exact completion, best first; all are tried while the clock allows."""
 MAX_DROPS = 3
+SAFE_SHARE = 0.2
+"""Slack at the end, as a share of the budget, beyond which a plan counts as safe."""
 
 
 class _Search:
