@@ -10,10 +10,10 @@ The exact completion of all others without it shows what that costs them, and de
 - nobody who has less to spare at the end than a share of its budget loses any of that, since newcomers will need it.
   The share is the riders' work over the mean work of those on time, at most 1: who needs little may take more.
 
-Chosen by experiment (`bench/late.py`; before: attainment .961 and a p99 of lateness of 27 s with small requests beside
-2048 x 2048 at 70 % load of an H100, .901 on h100-uniform-36). Serving the late first cost up to 9 points. A share of
-0.2 whatever the riders need cost 1.4 points on uniform-36, none at all 6 in overload. The square of the ratio had a
-p99 of 2.4 s at 70 % and .892 on uniform-36; the ratio itself has 7.0 s and .899.
+Chosen by experiment (`bench/late.py`; before: attainment .961 and a p99 of lateness of 27 s with small requests
+beside 2048 x 2048 at 70 % load of an H100, .901 on h100-uniform-36). Serving the late first cost up to 9 points. A
+share of 0.2 whatever the riders need cost 1.4 points on uniform-36, none at all 6 in overload. The square of the
+ratio had a p99 of 2.4 s at 70 % and .892 on uniform-36; the ratio itself has 7.0 s and .899.
 """
 
 from __future__ import annotations
