@@ -37,6 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_all_parts_end_well_and_say_what_they_should(results: Path) -> None:
     ends = {row["part"]: row["ended"] for row in rows(results, "parts")}
@@ -69,6 +70,7 @@ def test_all_parts_end_well_and_say_what_they_should(results: Path) -> None:
     assert Profile.load(profile).degrees == (1,)
 
 
+@pytest.mark.long
 def test_a_second_call_goes_on_where_the_first_was_cut(results: Path, tmp_path: Path) -> None:
     (tmp_path / "parts.jsonl").write_text(
         "".join(
