@@ -59,7 +59,7 @@ def ride(
     mean_gpu_s = sum(run.open.least_gpu_s for run in timely) / max(1, len(timely))
     while count:
         gpu_s = sum(job.least_gpu_s for job, _ in turns[:count])
-        share = min(1.0, gpu_s / mean_gpu_s) if timely else 0.0
+        share = min(1.0, gpu_s / mean_gpu_s) if mean_gpu_s else 1.0
         riders = [Run(job, 0.0, rides=True) for job, _ in turns[:count]]
         first = None if starving is None else Run(starving)
         schedule = schedule_on_time(

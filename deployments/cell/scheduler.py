@@ -176,7 +176,7 @@ class Scheduler:
         why, slo_s = "cannot meet its deadline (reject_infeasible)", None
         if deadline_s is not None and deadline_s < math.inf:
             # named to three digits, upwards: it has to be enough
-            slo_s = _round_up(deadline_s - entry.arrival_s)
+            slo_s = _round_up(deadline_s - entry.arrival_s + entry.request.way_back_s)
             why += f"; one of {slo_s:g} s could be met"
         self._requests.end(entry, DeadlineInfeasible(f"request {entry.name} {why}", slo_s))
 

@@ -20,7 +20,7 @@ from deployments.config import AppArgs
 from deployments.logs import logger
 from solver.problem import Job, Packing, Phase, Snapshot
 from tetriserve.engine.report import Report
-from tetriserve.errors import NotReady, Overloaded
+from tetriserve.errors import DeadlineInfeasible, NotReady, Overloaded
 from tetriserve.profile import Profile
 from tetriserve.request import GenerateRequest, ModelInfo, Progress, Shape
 from tetriserve.scheduler.assignment import Assignment
@@ -143,6 +143,24 @@ def test_what_is_too_late_is_dropped_as_the_request_or_else_the_cell_wants(defau
         expired = scheduler._state.rounds.expired(time.monotonic() + 60)
         dropped = {scheduler._requests.entries[identity].name for identity in expired}
         assert dropped == {"asked True"} | ({"asked None"} if default else set())
+
+    asyncio.run(run())
+
+
+def test_the_deadline_that_a_refusal_names_has_the_way_back_in_it() -> None:
+    """Two seconds of steps, a tenth of the budget to spare, and 0.4 s from the cell to the client."""
+
+    async def run() -> None:
+        scheduler = ready()
+        request = GenerateRequest("a", 256, 256, 4, seed=0, slo_s=1.0, request_id="a", way_back_s=0.4)
+        entry = scheduler._requests.join(request, "call")
+        snapshot = scheduler._state.rounds.snapshot(time.monotonic())
+        (job,) = snapshot.jobs
+        await scheduler._offer(job, replace(snapshot, jobs=()))
+        refusal = entry.result.exception()
+        assert isinstance(refusal, DeadlineInfeasible) and refusal.earliest_slo_s is not None
+        assert 2.0 / 0.9 + 0.4 <= refusal.earliest_slo_s < 3.0
+        assert f"{refusal.earliest_slo_s:g} s" in refusal.message
 
     asyncio.run(run())
 

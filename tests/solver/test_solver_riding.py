@@ -76,6 +76,16 @@ def test_who_needs_a_decode_only_goes_first() -> None:
     assert packing.info["riders"] == 0
 
 
+def test_beside_those_that_need_no_time_at_all() -> None:
+    """What is left of them is a decode that the profile does not know, and so takes no time."""
+    done = Job("done", 0.0, 9.0, 0.0, (Phase("decode", 1, {1: 0.0}),), slo_s=9.0)
+    late = Job("late", -9.0, -1.0, 0.0, (Phase("denoise", 4, {1: 0.5}),), slo_s=8.0, alone_s=2.0)
+    snapshot = Snapshot(0.0, 0.5, (0.0,), (done, late))
+    packing = PATIENT(snapshot)
+    assert on_time(snapshot, packing) == {"done"}
+    assert first_start_s(packing, "late") == 0.0
+
+
 def test_the_cheap_ones_ride_when_not_all_can() -> None:
     """A rider that would take what newcomers need is left behind, the short one beside it is not."""
     timely = tuple(job(f"r{i}", 10, {1: 1.0}, 13.0) for i in range(2))
