@@ -49,12 +49,12 @@ def schedule_on_time(
         if lister.now_s >= ride_until_s:
             order, ride_until_s = [run for run in order if not run.rides], math.inf
         if rule.give_up:
-            hopeless = [run for run in order if run.latest_s < late_s and not run.rides]
+            hopeless = [run for run in order if run.is_hopeless(late_s)]
             if hopeless:
                 schedule.missed.extend(hopeless)
                 if total_weight(schedule.missed) > may_miss:
                     break
-                order = [run for run in order if run.latest_s >= late_s or run.rides]
+                order = [run for run in order if not run.is_hopeless(late_s)]
         if rule.order is not by_deadline:  # deadlines do not move
             order.sort(key=rule.order)
         ready_s = lister.now_s + EPSILON_S

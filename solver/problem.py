@@ -6,6 +6,7 @@ Times are seconds on the caller's clock. Nothing here knows about torch, Ray or 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -141,6 +142,16 @@ class Packing:
     entries: tuple[Entry, ...]
     set_aside: frozenset[str] = frozenset()
     info: Mapping[str, float] = field(default_factory=dict)
+
+    def ends_s(self, jobs: Iterable[Job]) -> dict[str, float]:
+        """When those of `jobs` end that it has whole, by id."""
+        steps: Counter[str] = Counter()
+        end_s: dict[str, float] = {}
+        for entry in self.entries:
+            steps[entry.job_id] += entry.steps
+            end_s[entry.job_id] = max(entry.end_s, end_s.get(entry.job_id, -math.inf))
+        whole = (job.id for job in jobs if steps[job.id] >= sum(phase.steps for phase in job.phases))
+        return {job_id: end_s[job_id] for job_id in whole}
 
 
 class Policy(Protocol):

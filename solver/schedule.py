@@ -92,6 +92,10 @@ class Run:
     def is_done(self) -> bool:
         return self.finish_s < math.inf
 
+    def is_hopeless(self, now_s: float) -> bool:
+        """It was to be on time and cannot be any more; who rides is late anyway."""
+        return self.latest_s < now_s and not self.rides
+
     @property
     def spare_share(self) -> float:
         """Slack left at the end, as a share of the budget."""

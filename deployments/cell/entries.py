@@ -151,9 +151,15 @@ class Entry:
         if self.latents is None:  # encode itself was lost
             self.conditioning = None
 
+    def past_s(self, total_s: float) -> float | None:
+        """Seconds from the deadline to the answer, negative before it, of what ends `total_s` after its arrival: with
+        the way back that is expected. None without a deadline."""
+        return None if self.slo_s is None else total_s + self.request.way_back_s - self.slo_s
+
     def finish(self, image: Any, now_s: float, model: ModelInfo) -> GenerateResult:
         """The result, with `image` and all that happened on the way."""
         total_s = now_s - self.arrival_s
+        past_s = self.past_s(total_s)
         schedule = self.executions
         seconds = {
             kind: sum(e.end_s - e.start_s for e in schedule if e.kind == kind)
@@ -173,7 +179,7 @@ class Entry:
             total_s=total_s,
             inference_s=schedule[-1].end_s - schedule[0].start_s,
             slo_s=self.slo_s,
-            slo_met=None if self.slo_s is None else total_s + self.request.way_back_s <= self.slo_s,
+            slo_met=None if past_s is None else past_s <= 0,
             steps=tuple(steps),
             schedule=tuple(schedule),
             lost=tuple(self.lost),

@@ -180,8 +180,7 @@ class Requests:
             word = "no_deadline" if metrics.slo_met is None else "met" if metrics.slo_met else "late"
         total_s = time.monotonic() - entry.arrival_s if metrics is None else metrics.total_s
         log_request(INFO, entry.name, "ended: %s after %.3f s", word, total_s, outcome=word, total_s=total_s)
-        past_s = None if entry.slo_s is None else total_s + entry.request.way_back_s - entry.slo_s
-        self._state.meters.ended(word, entry.request.shape, metrics, past_s)
+        self._state.meters.ended(word, entry.request.shape, metrics, entry.past_s(total_s))
         self._state.history.ended(entry.id, word, time.time())
         if not entry.result.done():
             if isinstance(outcome, TetriserveError):
@@ -209,9 +208,8 @@ class Requests:
         entry.touched = set()
         entry.conditioning = entry.latents = entry.committed_latents = None
 
-    def turn_away(self, request_ids: list[str], why: str) -> None:
-        for entry in [self.entries[request_id] for request_id in request_ids]:
-            self.end(entry, DeadlineInfeasible(f"request {entry.name} {why}"))
+    def turn_away(self, entry: Entry, why: str, earliest_slo_s: float | None = None) -> None:
+        self.end(entry, DeadlineInfeasible(f"request {entry.name} {why}", earliest_slo_s))
 
 
 def _as_asked(request: GenerateRequest) -> GenerateRequest:

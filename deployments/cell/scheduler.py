@@ -31,7 +31,7 @@ from deployments.config import AppArgs
 from deployments.logs import LogForm, logger, write_as
 from solver.policies import make_policy
 from solver.problem import Job, Snapshot
-from tetriserve.errors import CellLost, DeadlineInfeasible, OutOfMemory
+from tetriserve.errors import CellLost, OutOfMemory
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
 from tetriserve.scheduler.history import Plan
@@ -140,9 +140,9 @@ class Scheduler:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._state.wake.wait(), None if delay_s == float("inf") else delay_s)
             self._state.wake.clear()
-            self._requests.turn_away(
-                self._state.rounds.expired(time.monotonic()), "can no longer meet its deadline (drop_late)"
-            )
+            for request_id in self._state.rounds.expired(time.monotonic()):
+                late = self._requests.entries[request_id]
+                self._requests.turn_away(late, "can no longer meet its deadline (drop_late)")
             if not self._state.rounds.is_due(time.monotonic()):
                 continue
             snapshot = self._state.rounds.snapshot(time.monotonic())
@@ -161,8 +161,10 @@ class Scheduler:
                 self._state.history.planned(Plan(start_s, self._view.plan_s[-1], fell_back, boundary_s))
                 for assignment in plan.assignments:
                     self._ranges.dispatch(assignment)
-                for job in (job for job in snapshot.jobs if job.id in refused):
-                    self.spawn(self._offer(job, self._state.rounds.snapshot(time.monotonic())))
+                if refused:
+                    left = self._state.rounds.snapshot(time.monotonic())
+                    for job in (job for job in snapshot.jobs if job.id in refused):
+                        self.spawn(self._offer(job, left))
                 for job in snapshot.jobs:
                     if entry := self._requests.entries.get(job.id):
                         entry.predict(self._state.rounds.predictions.finish_s(job.id, snapshot.now_s))
@@ -178,7 +180,7 @@ class Scheduler:
             # named to three digits, upwards: it has to be enough
             slo_s = _round_up(deadline_s - entry.arrival_s + entry.request.way_back_s)
             why += f"; one of {slo_s:g} s could be met"
-        self._requests.end(entry, DeadlineInfeasible(f"request {entry.name} {why}", slo_s))
+        self._requests.turn_away(entry, why, slo_s)
 
     # ---- lost GPUs ----------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class Endpoints:
         return bool(self._keys)
 
     async def authorize(self, http: Request) -> None:
-        """Let those with an API key in, everybody where none are configured; remember who it is."""
+        """Let those with an API key in, everybody where none are configured; remember who it is and when it came."""
         http.state.client = None
         http.state.arrived_s = time.time()
         if self._keys:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 
 from solver.problem import Packing, Snapshot, least_work_s
@@ -22,16 +21,11 @@ class Predictions:
     def note(self, snapshot: Snapshot, packing: Packing) -> None:
         """Keep what a packing says of ends, for `finish_s`."""
         self._drained_s = None
-        steps: Counter[str] = Counter()
-        end_s: dict[str, float] = {}
-        for entry in packing.entries:
-            steps[entry.job_id] += entry.steps
-            end_s[entry.job_id] = max(entry.end_s, end_s.get(entry.job_id, -math.inf))
+        ends_s = packing.ends_s(snapshot.jobs)
         for job in snapshot.jobs:
             request = self._open.get(job.id)
             if request is not None:
-                complete = steps[job.id] >= sum(phase.steps for phase in job.phases)
-                request.planned_end_s = end_s[job.id] if complete else None
+                request.planned_end_s = ends_s.get(job.id)
 
     def drain_s(self, now_s: float) -> float:
         """Seconds until the open requests are done if all GPUs share them at their cheapest degree."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from solver.board import EPSILON_S
 from solver.problem import Job, Packing, Policy, Snapshot
 
-EPSILON_S = 1e-9
 MARGIN = 0.1
 """Share of its budget that a request has to leave over to be promised its deadline: real steps take longer now and
 then. Only the plan that decides about it looks at the nearer deadline."""
@@ -23,9 +23,7 @@ def is_missed(job: Job, packing: Packing, now_s: float) -> bool:
     """
     if job.is_late(now_s) or job.id in packing.set_aside:
         return True
-    planned = [entry for entry in packing.entries if entry.job_id == job.id]
-    complete = sum(entry.steps for entry in planned) >= sum(phase.steps for phase in job.phases)
-    return complete and max(entry.end_s for entry in planned) > job.deadline_s + EPSILON_S
+    return packing.ends_s((job,)).get(job.id, -math.inf) > job.deadline_s + EPSILON_S
 
 
 def with_margin(arrival_s: float, deadline_s: float) -> float:
