@@ -92,9 +92,10 @@ def nccl(place: Place, rows: Rows) -> None:
             ranks.all((1,), "call", "abandon", "nothing", pair, 30)
         rows.add(group_anew=ranks.all(pair, "exchange", pair, 31))
         if place.on_cuda:
-            rows.add(filled_to_mib=ranks.all((0,), "fill", 64))
             ranks.all(pair, "call", "abandon", "nothing", pair, 40)
+            rows.add(filled_to_mib=ranks.all((0,), "fill", 64))
             rows.add(no_memory_for_a_group=ranks.all(pair, "what_exchange_says", pair, 41))
+            ranks.all(pair, "exchange", pair, 42)  # the group in which one is killed
         ranks.send(0, "alone", pair, 50, 5.0 if backend == "nccl" else None)
         time.sleep(2)
         ranks.kill(1)

@@ -73,8 +73,9 @@ def test_the_board_shows_ranges_degrees_deadlines_and_rounds() -> None:
     ]
     assert rows == [
         (a["request"], "encode", 2, [[0, 1]], -7.5, -7.0, "done"),
-        (a["request"], "denoise", 4, [[0, 1]], -7.0, -5.0, "done"),  # two ranges, 5 ms apart
+        (a["request"], "denoise", 2, [[0, 1]], -7.0, -6.0, "done"),
         (b["request"], "denoise", 2, [[1, 1]], -7.0, -5.0, "done"),
+        (a["request"], "denoise", 2, [[0, 1]], -5.995, -5.0, "done"),  # 5 ms behind the one before
         (a["request"], "denoise", 2, [[0, 2]], -5.0, -2.0, "done"),
         (c["request"], "denoise", 3, [[0, 1]], -0.5, 1.0, "running"),
         (c["request"], "denoise", 3, [[0, 2]], 1.0, 2.0, "planned"),
@@ -90,6 +91,19 @@ def test_the_board_shows_ranges_degrees_deadlines_and_rounds() -> None:
     assert (minute["seconds"], minute["met"], minute["missed"], minute["slo_attainment"]) == (60, 1, 1, 0.5)
     # a: 2.495 s on one GPU and 3 s on two, b: 2 s, c: 0.5 s
     assert minute["gpu_use"] == pytest.approx((2.495 + 6 + 2 + 0.5) / 120, abs=1e-4)
+
+
+def test_ranges_too_narrow_to_be_told_apart_are_one_that_says_so() -> None:
+    history = History(1, NOW_S - 300)
+    arrive(history, "a")
+    for number in range(50):
+        run(history, "a", -5 + number / 50, -5 + (number + 1) / 50, 0)
+    run(history, "a", -4, -3, 0)
+    rows = [(row["ranges"], row["start_s"], row["end_s"]) for row in show(history)["ranges"]]
+    assert rows == [(51, -5.0, -3.0)]  # the last one joins a narrow one
+    for number in range(5):
+        run(history, "a", -2 + number / 5, -2 + (number + 1) / 5, 0)
+    assert [row["ranges"] for row in show(history)["ranges"]] == [51] + [1] * 5
 
 
 def labels(board: Any) -> list[str]:

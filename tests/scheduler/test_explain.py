@@ -67,6 +67,10 @@ def test_pauses_and_losses_and_slow_ranges_are_said() -> None:
         "waited 0.8 s, 1 other request was open; 1 step of denoise lost; 3 steps of denoise lost"
     )
     assert why(ran(4, 10, 0.0, others=3), slo_s=20.0).endswith("; 3 other requests were open")
+    assert why(one, late, slo_s=5.5).startswith(
+        "waited 0.8 s, 1 other request was open; 0.3 s past its deadline; no degree"
+    )
+    assert "past" not in why(one, late, ran(1, 1, 12.0), slo_s=5.5)  # said once, where it passed
 
 
 def test_a_degree_that_is_slower_than_a_narrower_one_is_never_called_for() -> None:

@@ -15,6 +15,8 @@ ENVIRONMENT = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_FR_BUFFER_SIZE": "0",
+    # After an error this watchdog sleeps four times as long as this, and who leaves the group waits for it.
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "250",
     # NCCL's own memory handles outlive a peer that is killed in the middle of an exchange; with CUDA IPC survivors
     # were seen to end with an illegal memory access (ai-dynamo/nixl#1952).
     "NCCL_CUMEM_ENABLE": "1",

@@ -6,6 +6,7 @@ those of diffusers' dispatcher, or xfuser's on CUDA (extra `gpu`; xfuser cannot 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -48,8 +49,8 @@ ON_HOPPER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""torch prefers FlashAttention 2, which knows nothing of Hopper: cuDNN was measured 1.7 to 2.3 times as fast there,
-and on no other GPU (huggingface/transformers#48163)."""
+"""FlashAttention 2 knows nothing of Hopper: cuDNN is 1.7 to 2.0 times as fast there (bench/results/gpu, H200), and
+on no other GPU (huggingface/transformers#48163). Newer torch (2.11) puts it first by itself, older does not."""
 
 
 MASKABLE = ("native", "_native_cudnn", "_native_efficient", "_native_math", "flex")
@@ -64,7 +65,7 @@ def attention_kernel(name: str, device: torch.device) -> Kernel:
     """
     if name == "auto":
         on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
-        return _torch_kernel(ON_HOPPER) if on_hopper else attention_kernel("native", device)
+        return _torch_kernel([] if not on_hopper or _chooses_cudnn(device) else ON_HOPPER)
     if name == "xfuser" or name.startswith("xfuser:"):
         return _xfuser_kernel(name.partition(":")[2] or "SDPA_FLASH")
     try:
@@ -91,8 +92,17 @@ def attention_kernel(name: str, device: torch.device) -> Kernel:
     return kernel
 
 
+def _chooses_cudnn(device: torch.device) -> bool:
+    """Whether torch takes cuDNN here without being told to."""
+    query = torch.empty(1, 1, 128, 128, device=device, dtype=torch.bfloat16)
+    return bool(torch._fused_sdp_choice(query, query, query) == SDPBackend.CUDNN_ATTENTION.value)
+
+
 def _torch_kernel(order: list[SDPBackend]) -> Kernel:
-    """torch's kernels, the first of `order` that takes the shapes at hand."""
+    """torch's kernels, the first of `order` that takes the shapes at hand; empty: torch's own choice.
+
+    Saying an order costs 70 us a call on the host, 4 of the 60 ms that launching a step of FLUX takes (H200).
+    """
 
     def kernel(
         query: torch.Tensor,
@@ -103,7 +113,7 @@ def _torch_kernel(order: list[SDPBackend]) -> Kernel:
         gqa: bool = False,
     ) -> torch.Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        with sdpa_kernel(order, set_priority=True):
+        with sdpa_kernel(order, set_priority=True) if order else nullcontext():
             output = scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa
             )

@@ -43,7 +43,7 @@ class Explained:
         end_s: when the request would be done if it went on so, from arrival; None for encode.
         spare_s: from `end_s` to the deadline, negative when late; infinite without a deadline.
         alone: no other request was open when it was planned.
-        before: what kept it waiting, or was lost before it; may be empty.
+        before: what kept it waiting, how long its deadline had passed, or what was lost before it; may be empty.
         verdict: one word for the reason ...
         reason: ... and the reason in words.
     """
@@ -99,6 +99,8 @@ def explain(
     limit_s = math.inf if slo_s is None else slo_s
     explained = []
     left, free_s, untold = steps, 0.0, sorted(lost, key=lambda one: one.noticed_s)
+    last_start_s = -math.inf
+    end_s: float | None
     for index, ran in enumerate(schedule):
         start_s, seconds, degree = ran.start_s - arrival_s, ran.end_s - ran.start_s, len(ran.gpus)
         before = []
@@ -109,7 +111,9 @@ def explain(
         while untold and untold[0].noticed_s <= ran.start_s:
             again = untold.pop(0)
             before.append(f"{again.steps} {'step' if again.steps == 1 else 'steps'} of {again.kind} lost")
-        end_s: float | None = None
+        if start_s > limit_s >= last_start_s:
+            before.append(f"{_s(start_s - limit_s)} s past its deadline")
+        last_start_s, end_s = start_s, None
         if ran.kind == "denoise":
             options = choices(planned, left, start_s)
             if any(len(later.gpus) > degree for later in schedule[index + 1 :]):

@@ -32,6 +32,8 @@ TIMELINE_RUNS = 5000
 
 FINEST = 1 / 2000
 """Share of a board's width: a range or a gap that is narrower cannot be seen."""
+SEAM = 8
+"""So many times that, about four pixels, a range must be wide to be drawn apart from its neighbour."""
 
 RATE_WINDOWS_S = (60, 300)
 RATES_AGE_S = 1.0
@@ -169,7 +171,15 @@ class History:
         newest = itertools.islice(reversed(self._runs), BOARD_RUNS)
         past = [run for run in newest if run.execution.end_s > now_s - seconds]
         older = len(self._runs) - BOARD_RUNS if len(past) == BOARD_RUNS else 0
-        merged = self._merged(reversed(past), "done", finest_s, now_s, owner)
+        past.reverse()
+        for narrow_s in (
+            SEAM * finest_s,
+            8 * SEAM * finest_s,
+            math.inf,
+        ):  # ranges as they were, as far as there is room
+            merged = self._merged(past, "done", finest_s, narrow_s, now_s, owner)
+            if len(merged) <= SHOWN_RANGES:
+                break
         wide = [row for row in merged if row["end_s"] - row["start_s"] >= finest_s]
         ranges = wide[-SHOWN_RANGES:]
         whole_from_s = max(-seconds, self._start_s - now_s)
@@ -177,7 +187,7 @@ class History:
             whole_from_s = max(whole_from_s, ranges[0]["start_s"])
         for run in ahead:
             state = "running" if run.execution.start_s < now_s else "planned"
-            ranges += self._merged([run], state, finest_s, now_s, owner)
+            ranges += self._merged([run], state, finest_s, math.inf, now_s, owner)
         opened = {i: request for i, request in self._requests.items() if request.outcome == "open"}
         shown = [r for r in opened.values() if owner in (None, r.client)]
         labels = {row["request"] for row in ranges} - {r.label for r in shown}
@@ -233,20 +243,28 @@ class History:
         return request if request is not None and owner in (None, request.client) else None
 
     def _merged(
-        self, runs: Iterable[Run], state: str, gap_s: float, now_s: float, owner: str | None
+        self, runs: Iterable[Run], state: str, gap_s: float, narrow_s: float, now_s: float, owner: str | None
     ) -> list[dict[str, Any]]:
-        """Rows of the board in order of their start; neighbours of one request on the same GPUs are one."""
+        """Rows of the board in order of their start, each with how many ranges it stands for.
+
+        Neighbours of one request on the same GPUs are one row where either is narrower than `narrow_s`; those of a
+        request that is not shown are so always.
+        """
         rows: list[dict[str, Any]] = []
         last: dict[tuple[object, ...], dict[str, Any]] = {}
+        last_width_s: dict[tuple[object, ...], float] = {}
         for request_id, execution in sorted(runs, key=lambda run: run.execution.start_s):
             request = self._seen(request_id, owner)
             kind = execution.kind if request else BUSY
             start_s, end_s = round(execution.start_s - now_s, 3), round(execution.end_s - now_s, 3)
             key = (request_id if request else None, kind, execution.gpus)
-            row = last.get(key)
-            if row is not None and start_s - row["end_s"] <= gap_s:
+            row, width_s = last.get(key), end_s - start_s
+            narrower_s = min(width_s, last_width_s.get(key, math.inf))
+            last_width_s[key] = width_s
+            if row is not None and start_s - row["end_s"] <= gap_s and (not request or narrower_s < narrow_s):
                 row["end_s"] = max(row["end_s"], end_s)
                 row["steps"] += execution.steps if request else 0
+                row["ranges"] += 1 if request else 0
                 continue
             last[key] = row = {
                 "request": request.label if request else None,
@@ -254,6 +272,7 @@ class History:
                 "late": request is not None and request.is_late(now_s),
                 "kind": kind,
                 "steps": execution.steps if request else 0,
+                "ranges": 1 if request else 0,
                 "gpus": runs_of(execution.gpus),
                 "start_s": start_s,
                 "end_s": end_s,

@@ -417,14 +417,15 @@ export class Board {
   /** What is known of a rectangle, in lines. */
   describe(rectangle) {
     const { about, steps, kind, degree, state } = rectangle;
-    const ranges = rectangle.gpus.map(([gpu, n]) => (n === 1 ? `${gpu}` : `${gpu}–${gpu + n - 1}`));
-    const where = `degree ${degree} on GPU ${ranges.join(", ")}`;
+    const gpus = rectangle.gpus.map(([gpu, n]) => (n === 1 ? `${gpu}` : `${gpu}–${gpu + n - 1}`));
+    const where = `degree ${degree} on GPU ${gpus.join(", ")}`;
     const cell = this.data.cells.length > 1 ? `cell ${rectangle.cell}, ` : "";
     const from_s = rectangle.from - this.now_s;
     const length = `${(this.end(rectangle) - rectangle.from).toFixed(2)} s`;
     const when = from_s < 0 ? `${length}, began ${(-from_s).toFixed(1)} s ago` : `${length}, in ${from_s.toFixed(1)} s`;
     if (rectangle.request === null) return ["Somebody else's request", cell + where, when];
-    const what = kind === "denoise" ? `${steps} ${steps === 1 ? "step" : "steps"}` : kind;
+    const several = rectangle.ranges > 1 ? ` in ${rectangle.ranges} ranges` : "";
+    const what = kind === "denoise" ? `${steps} ${steps === 1 ? "step" : "steps"}${several}` : kind;
     const lines = [
       `Request ${rectangle.request}${about ? `, ${about.shape}` : ""}`,
       `${what}, ${cell}${where}${state === "done" ? "" : `, ${state}`}`,
