@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import logging
 import math
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -28,16 +30,23 @@ from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDep
 
 from deployments.config import AppArgs
 from deployments.logs import logger
-from deployments.progress import latest
+from deployments.progress import notes
+from tetriserve.client import follows_environment
 from tetriserve.errors import ConfigError, TetriserveError
 from tetriserve.models.embedded import EMBEDDED
 
+INSTALLED = Path(__file__).parent.parent
 IMPORT_PATH = "deployments.app:build"
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 POLL_S = 0.3
+STOP_S = 10.0
+"""How long Serve may take to stop what it runs."""
+ASK_S = 5.0
+"""Until a cell has answered."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
-DRAIN_S = 10.0
-"""How long running requests may go on after Ctrl-C."""
+LAST_ANSWERS_S = 1.0
+"""For what is already finished to be encoded and sent."""
 
 
 class ServeFailed(TetriserveError):
@@ -56,9 +65,9 @@ def load_config(
     """
     file = Path(path)
     if not file.exists() and not file.is_absolute():
-        file = Path(__file__).parent.parent / path
+        file = INSTALLED / path
     try:
-        body = yaml.safe_load(file.read_text())
+        body = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise ConfigError(f"cannot read {path}: {reason}") from None
@@ -117,6 +126,23 @@ def check_machine(args: AppArgs) -> None:
             raise ConfigError(f"args.cell: {args.cell.gpus} CUDA devices wanted, {found} found")
 
 
+def with_whole_paths(args: dict[str, Any]) -> dict[str, Any]:
+    """The application's arguments with every path that starts in the working directory written out: nothing that is
+    started works there."""
+    whole = copy.deepcopy(args)
+    places = [
+        (whole.get("model"), "path"),
+        *((lora, "path") for lora in (whole.get("model") or {}).get("loras") or ()),
+        (whole.get("profile"), "path"),
+        (whole.get("profile"), "cache_dir"),
+        (whole.get("http"), "api_keys_file"),
+    ]
+    for section, name in places:
+        if section and section.get(name) and Path(section[name]).exists():
+            section[name] = os.path.abspath(section[name])
+    return whole
+
+
 def check_port(host: str, port: int) -> None:
     """Raise `ConfigError` if nothing can listen there. Ray would share a port in use without a word."""
     try:
@@ -127,9 +153,12 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
-def run(config: str, host: str | None, port: int | None, policy: str | None) -> NoReturn:
-    """Serve until Ctrl-C or SIGTERM; nothing is left running after it.
+def run(
+    config: str, host: str | None, port: int | None, policy: str | None, drain_s: float = 10.0
+) -> NoReturn:
+    """Serve until Ctrl-C, SIGTERM or SIGHUP; nothing is left running after it.
 
+    What runs then is finished within `drain_s` seconds, and no new request is let in; a second signal stops at once.
     `host`, `port` and `policy` win over the file's. Raises `ConfigError` before anything is started, `ServeFailed`
     after everything is stopped again.
     """
@@ -139,6 +168,7 @@ def run(config: str, host: str | None, port: int | None, policy: str | None) -> 
     schema = schema.model_copy(update={"http_options": http})
     check_port(http.host, http.port)
     check_machine(args)
+    application.args = with_whole_paths(application.args)
     if args.profile.path is not None and not Path(args.profile.path).is_file():
         raise ConfigError(f"args.profile.path: no such file: {args.profile.path}")
 
@@ -146,6 +176,7 @@ def run(config: str, host: str | None, port: int | None, policy: str | None) -> 
     url = f"http://{reachable}:{http.port}{(application.route_prefix or '').rstrip('/')}"
     out = sys.stdout
     client: Any = None
+    is_ready = False
     adopt_orphans()
     handle_signals()
     try:
@@ -154,7 +185,10 @@ def run(config: str, host: str | None, port: int | None, policy: str | None) -> 
             print("starting Ray ...", file=out, flush=True)
             start_ray(cpus_needed(application, args))
             handle_signals()  # ray.init has put its own handler of SIGTERM in place
-            client = deploy(schema)
+            try:
+                client = deploy(schema)
+            except Exception as error:
+                raise ServeFailed(f"Ray Serve does not start: {one_line(str(error))}") from error
             work = f"load {args.model.path}" + (", compile it" if args.model.compile else "")
             work += "" if args.profile.path else ", measure step times if new"
             print(f"starting {args.cell.gpus} replicas: {work} ...", file=out, flush=True)
@@ -163,11 +197,16 @@ def run(config: str, host: str | None, port: int | None, policy: str | None) -> 
             )
         replicas = f"{args.cell.gpus} replicas on {args.cell.device}"
         print(f"tetriserve is ready at {url} (model {name}, {replicas})", flush=True)
+        is_ready = True
         while True:
             signal.pause()
     except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM while it starts
         ignore_signals()
         print("stopping ...", file=out, flush=True)
+        if is_ready:
+            with contextlib.suppress(KeyboardInterrupt):
+                handle_signals()
+                drain(application.name, drain_s, lambda note: print(f"  {note}", file=out, flush=True))
     finally:
         ignore_signals()
         stop(client)
@@ -176,19 +215,39 @@ def run(config: str, host: str | None, port: int | None, policy: str | None) -> 
 
 
 def handle_signals() -> None:
-    """The first Ctrl-C or SIGTERM raises KeyboardInterrupt; later ones must not cut the cleaning short."""
+    """The next Ctrl-C, SIGTERM or SIGHUP raises KeyboardInterrupt; later ones must not cut the cleaning short."""
 
     def interrupt(_signum: int, _frame: FrameType | None) -> None:
         ignore_signals()
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, interrupt)
 
 
 def ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def drain(name: str, seconds: float, report: Callable[[str], None]) -> None:
+    """Let no request in any more, and wait until the open ones are answered or know that they will not be."""
+    router = serve.get_app_handle(name)
+    end_s = time.monotonic() + seconds
+    said = False
+    with contextlib.suppress(Exception):  # where no cell answers nothing can be finished either
+        while opened := router.drain.remote().result(timeout_s=ASK_S):
+            if time.monotonic() > end_s:
+                report(f"{opened} requests were not finished within {seconds:g} s")
+                router.drain.remote(at_once=True).result(timeout_s=ASK_S)
+                break
+            if not said:
+                report(
+                    f"{opened} requests are finished first, for at most {seconds:g} s; Ctrl-C again stops at once"
+                )
+                said = True
+            time.sleep(POLL_S)
+        time.sleep(LAST_ANSWERS_S if said else 0)
 
 
 def cpus_needed(application: ServeApplicationSchema, args: AppArgs) -> int:
@@ -204,7 +263,8 @@ def cpus_needed(application: ServeApplicationSchema, args: AppArgs) -> int:
 def start_ray(cpus: float) -> None:
     """A private Ray on this machine, quiet and without a dashboard; others may run beside it.
 
-    Ray is told of `cpus` at least, however few cores there are: they are its bookkeeping, not a limit.
+    Ray is told of `cpus` at least, however few cores there are: they are its bookkeeping, not a limit. Raises
+    `ServeFailed`.
     """
     logger.setLevel(logging.WARNING)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -214,15 +274,49 @@ def start_ray(cpus: float) -> None:
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     # Serve kills a proxy that takes 5 s to start, as it may on a busy machine or the first time after installing
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    ray.init(
-        address="local",
-        namespace="serve",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
+    give_token()
+    # Ray's workers look for modules where this process works, before they look among what is installed
+    with working_in(INSTALLED):
+        try:
+            ray.init(
+                address="local",
+                namespace="serve",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:
+            names = [name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)]
+            where = f"in {names[0]}={os.environ[names[0]]}" if names else "in /tmp, or where RAY_TMPDIR says"
+            reason = one_line(str(error)) or type(error).__name__
+            raise ServeFailed(f"Ray does not start: {reason} (it works {where})") from error
+
+
+def give_token() -> None:
+    """Ray keeps the token by which its processes know each other in the home folder. Where none can be kept it gets
+    one for this server alone: then no other program can connect to its Ray, all else works."""
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(exist_ok=True)
+        is_kept = os.access(folder / "auth_token", os.R_OK) or os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):
+        is_kept = False
+    if not is_kept and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """With another working directory; back in this one, which may be gone meanwhile, afterwards."""
+    before = os.open(".", os.O_RDONLY)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 def deploy(schema: ServeDeploySchema) -> Any:
@@ -251,14 +345,15 @@ def wait_until_ready(name: str, url: str, report: Callable[[str], None]) -> str:
             raise ServeFailed(note or one_line(application.message))
         if application.status == "RUNNING":
             with contextlib.suppress(httpx.HTTPError, ValueError):
-                health = httpx.get(f"{url}/health", timeout=5)
+                health = httpx.get(f"{url}/health", timeout=5, trust_env=follows_environment(url))
                 if health.status_code == 200:
                     # by the handle, which needs no API key
                     return str(serve.get_app_handle(name).model_info.remote().result().name)
                 note = health.json()["reason"]
-        for text in {note, latest()} - said - {""}:
-            report(text)
-            said.add(text)
+        for text in (note, *notes()):
+            if text and text not in said:
+                report(text)
+                said.add(text)
         time.sleep(POLL_S)
 
 
@@ -282,7 +377,7 @@ def stop(client: Any) -> None:
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
         if client is not None:
             with contextlib.suppress(Exception):  # whatever it is, Ray goes next and takes all with it
-                client.shutdown(DRAIN_S)
+                client.shutdown(STOP_S)
         if ray.is_initialized():
             ray.shutdown()
     me = psutil.Process()

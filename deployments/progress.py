@@ -15,11 +15,12 @@ def session_folder() -> Path:
 
 
 def note(folder: Path, text: str) -> None:
-    """What the cell with that folder does now, one line."""
-    (folder / "progress").write_text(text)
+    """What the cell with that folder does now, or what befell it; made one line."""
+    with (folder / "progress").open("a", encoding="utf-8") as file:
+        file.write(" ".join(text.split()) + "\n")
 
 
-def latest() -> str:
-    """What was noted last in this Ray session; empty when nothing was."""
-    notes = sorted(session_folder().glob("*/progress"), key=lambda path: path.stat().st_mtime)
-    return notes[-1].read_text() if notes else ""
+def notes() -> list[str]:
+    """What was noted in this Ray session, oldest first within a cell."""
+    files = sorted(session_folder().glob("*/progress"), key=lambda path: path.stat().st_mtime)
+    return [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]

@@ -215,6 +215,11 @@ class Router:
             raise _unanswered(failed[0])
         return True in found
 
+    async def drain(self, *, at_once: bool = False) -> int:
+        """Let no request in any more, for the server is about to be stopped, and with `at_once` end those that are
+        open (`NotReady`). Returns how many still are. Raises `NotReady` when that is not certain."""
+        return sum(answer for answer in await self._ask_all("drain", at_once) if isinstance(answer, int))
+
     async def _ask_all(self, method: str, *arguments: object) -> list[Any]:
         """What every cell says, errors included. Raises `NotReady` when one says nothing."""
         try:

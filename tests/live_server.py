@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,32 @@ def free_port() -> int:
 
 
 class Server:
-    """`tetriserve serve` on a config; knows its URL and its processes."""
+    """`tetriserve serve` on a config; knows its URL and its processes.
 
-    def __init__(self, config: Path) -> None:
+    Args:
+        before: a command that runs it.
+        env: added to the environment.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        *,
+        before: Sequence[str] = (),
+        cwd: Path | None = None,
+        env: Mapping[str, str] = {},
+    ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [str(BIN / "tetriserve"), "serve", "--config", str(config), "--port", str(port)]
+        serve = [str(BIN / "tetriserve"), "serve", "--config", str(config), "--port", str(port)]
+        self._command = [*before, *serve]
+        self._where: dict[str, Any] = {"cwd": cwd, "env": {**os.environ, **env}}
         self.start()
 
     def start(self) -> None:
         """Also after `stop`: on the same port."""
         self.process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **self._where
         )
         self.lines: list[str] = []
         assert self.process.stdout is not None

@@ -400,8 +400,8 @@ def test_replicas_have_one_thread_and_low_priority(server: Server) -> None:
             for thread in replica.threads()
             if Path(f"/proc/{replica.pid}/task/{thread.id}").exists()
         }
-        assert 10 in priorities  # the engine's thread yields ...
-        assert 0 in priorities  # ... and the actor's own threads do not
+        assert 19 in priorities  # the engine's thread yields ...
+        assert min(priorities) < 19  # ... and the actor's own threads do not
 
 
 @pytest.mark.parametrize("blow", ["SIGKILL", "SIGSTOP"])

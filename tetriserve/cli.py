@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +28,7 @@ PAPER_SLO = "256x256=1.5,512x512=2,1024x1024=3,2048x2048=5"
 def serve(options: argparse.Namespace) -> int:
     from deployments.local import run
 
-    run(options.config, options.host, options.port, options.policy)
+    run(options.config, options.host, options.port, options.policy, options.drain_seconds)
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -69,7 +71,7 @@ def profile(options: argparse.Namespace) -> int:
         from tetriserve.client import live_profile
 
         try:
-            options.out.write_text(live_profile(options.from_live).to_yaml())
+            options.out.write_text(live_profile(options.from_live).to_yaml(), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--out {options.out}: {error.strerror}") from None
         print(f"wrote {options.out}")
@@ -207,6 +209,7 @@ def _profile_and_trace(options: argparse.Namespace) -> tuple[Profile, list[Trace
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Returns 0, 1 for a failure while it ran, 2 for what was asked wrongly."""
     options = _parser().parse_args(argv)
+    _let_warnings_be_warnings()
     try:
         code: int = options.run(options)
     except TetriserveError as error:
@@ -215,6 +218,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _let_warnings_be_warnings() -> None:
+    """Who makes errors of them by the environment (`PYTHONWARNINGS=error`) means their own code, not what we use."""
+    if any(action == "error" for action, *_ in warnings.filters):
+        warnings.resetwarnings()
+    if asked := os.environ.get("PYTHONWARNINGS"):
+        kept = [one for one in asked.split(",") if not one.strip().startswith("error")]
+        os.environ["PYTHONWARNINGS"] = ",".join(kept)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -247,6 +259,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--port", type=_port, help="instead of the file's http_options.port")
     sub.add_argument("--host", help="instead of the file's http_options.host")
     sub.add_argument("--policy", help="instead of the file's scheduler.policy (ilp, dp, edf, sp1, ..., rssp)")
+    sub.add_argument(
+        "--drain-seconds",
+        type=_not_negative,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long running requests may go on after Ctrl-C (default: %(default)g)",
+    )
 
     sub = command(
         "generate",

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def key_headers() -> dict[str, str]:
     """The headers with the caller's API key, from the environment: arguments show in process lists."""
     key = os.environ.get(KEY_VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def follows_environment(url: str) -> bool:
+    """Whether a connection goes by the proxies and certificates of the environment: none within this machine does."""
+    try:
+        host = httpx.URL(url).host
+        return host != "localhost" and not ip_address(host).is_loopback
+    except (ValueError, httpx.InvalidURL):  # a name
+        return True
 
 
 class ServerError(TetriserveError):
@@ -149,13 +159,30 @@ def _answer(method: str, url: str, path: str, body: dict[str, Any] | None = None
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S, read=SILENCE_TIMEOUT_S)
     route = f"{url.rstrip('/')}{path}"
     try:
-        with httpx.stream(method, route, json=body, headers=key_headers(), timeout=timeout) as response:
+        with httpx.stream(
+            method,
+            route,
+            json=body,
+            headers=key_headers(),
+            timeout=timeout,
+            trust_env=follows_environment(url),
+        ) as response:
             if response.status_code != 200:
                 response.read()
                 raise ServerError(f"{url} answered {response.status_code}: {_reason(response)}")
             yield response
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerError(f"no answer from {url}: {str(error) or type(error).__name__}") from None
+        by = _named("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") if follows_environment(url) else ""
+        raise ServerError(f"no answer from {url}{by}: {str(error) or type(error).__name__}") from None
+    except (OSError, ValueError) as error:  # what the environment names is not there, or no address
+        names = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        raise ServerError(f"cannot connect to {url}{_named(*names)}: {error}") from None
+
+
+def _named(*names: str) -> str:
+    """Those of the variables that are set, for whoever wonders why there is no connection."""
+    found = [name for one in names for name in (one, one.lower()) if os.environ.get(name)]
+    return f" (by way of {', '.join(found)})" if found else ""
 
 
 def _reason(response: httpx.Response) -> str:

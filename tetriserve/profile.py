@@ -75,7 +75,7 @@ class Profile:
     def load(cls, path: str | Path) -> Profile:
         """Read a profile file. Raises `ConfigError` naming the file and the field."""
         try:
-            body = yaml.safe_load(Path(path).read_text())
+            body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"profile {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -82,6 +82,10 @@ class Cell:
         """End or forget requests; False when none of them is here."""
         return await self._scheduler.delete.remote(request_ids)
 
+    async def drain(self, at_once: bool) -> int:
+        """Before the server is stopped: let nobody in, end who is open when `at_once`. Returns how many are open."""
+        return await self._scheduler.drain.remote(at_once)
+
     def _give_up(self, request: GenerateRequest, call_id: str) -> None:
         identity = request.request_id
         log_request(DEBUG, identity, "is given up by a caller")

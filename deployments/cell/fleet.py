@@ -13,10 +13,10 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deployments.cell.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo
+from deployments.cell.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo, first_line
 from deployments.config import AppArgs
 from deployments.logs import LogForm, logger
-from deployments.progress import session_folder
+from deployments.progress import note, session_folder
 from solver.placement import gpu_sets, group_sets
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, OutOfMemory
@@ -146,6 +146,7 @@ class Fleet:
                 if not tries or getattr(error, "actor_init_failed", False):
                     raise
                 logger.error("GPU replica %d did not start: %r", gpu, error)
+                note(self._folder, f"GPU replica {gpu} did not start, once more: {first_line(error)}")
                 self.kill(gpu)
 
     async def rejoin(self, gpu: int, others: set[int]) -> None:
@@ -221,14 +222,14 @@ class Fleet:
         """
         errors: list[BaseException] = []
 
-        def note(call: asyncio.Future[Any]) -> None:
+        def hear(call: asyncio.Future[Any]) -> None:
             error = asyncio.CancelledError() if call.cancelled() else call.exception()
             if error is not None:
                 errors.append(error)
 
         waiting = {asyncio.ensure_future(call): gpu for gpu, call in calls}
         for call in waiting:
-            call.add_done_callback(note)
+            call.add_done_callback(hear)
         _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
         for call in pending:
             self.tell(waiting[call], "leave", gpus, seq)

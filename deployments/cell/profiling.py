@@ -25,13 +25,13 @@ async def fitting_profile(args: AppArgs, fleet: Fleet) -> Profile:
     if args.profile.path is not None:
         return _configured(args, args.profile.path, fleet)
     path = _cache_path(args, fleet)
-    if path.exists():
-        try:
+    try:
+        if path.exists():
             profile = Profile.load(path)
             logger.info("profile from %s", path)
             return profile
-        except ConfigError as error:
-            logger.warning("measuring again: %s", error)
+    except (ConfigError, OSError) as error:
+        logger.warning("measuring again: %s", error)
     profile = await fleet.profile(
         lambda shape, degree, step_s: logger.info("%s at degree %d: %.4f s a step", shape, degree, step_s)
     )
@@ -64,7 +64,7 @@ def _configured(args: AppArgs, path: str, fleet: Fleet) -> Profile:
 def write_profile(path: Path, profile: Profile) -> None:
     """Write at once or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(profile.to_yaml())
+    draft.write_text(profile.to_yaml(), encoding="utf-8")
     draft.replace(path)
 
 

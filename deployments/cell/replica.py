@@ -5,6 +5,7 @@ torch and diffusers are imported when a replica starts: the scheduler imports th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,8 +29,9 @@ from tetriserve.errors import ConfigError, OutOfMemory
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
 from tetriserve.scheduler.assignment import Assignment
 
-CPU_NICENESS = 10
-"""On CPU the replicas yield to the scheduler and the ingress, which share their cores."""
+CPU_NICENESS = 19
+"""On CPU the replicas yield to the scheduler and the ingress, which share their cores and run at 15, as Ray has it.
+Only more than one has can be had without CAP_SYS_NICE."""
 
 THREADS = 32
 """Calls a replica can hold: they wait for their turn here, so that arguments are there when it comes."""
@@ -49,13 +51,19 @@ class ReplicaInfo:
 
 
 class PlanOrder:
-    """One worker thread; ranges run strictly behind the `seq` the plan put before them on this GPU."""
+    """One worker thread; ranges run strictly behind the `seq` the plan put before them on this GPU.
 
-    def __init__(self, niceness: int) -> None:
+    Args:
+        niceness: of the worker, where it may have it; 0 leaves it as it is.
+        dies: told why, when the worker dies; the process ends then.
+    """
+
+    def __init__(self, niceness: int, dies: Callable[[str], None]) -> None:
         self._ready = threading.Condition()
         self._waiting: dict[int, tuple[int, Callable[[], Any], Future[Any]]] = {}
         self._unordered: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._last_seq = -1
+        self._dies = dies
         threading.Thread(target=self._work_or_end, args=(niceness,), name="engine", daemon=True).start()
 
     def post(self, call: Callable[[], Any]) -> Future[Any]:
@@ -82,13 +90,17 @@ class PlanOrder:
         """Without its worker a replica would take calls and answer none: then its process ends, to be replaced."""
         try:
             self._work(niceness)
-        except BaseException:
-            logger.critical("the engine thread died, this process ends", exc_info=True)
-            os._exit(1)
+        except BaseException as error:
+            try:
+                logger.critical("the engine thread died, this process ends", exc_info=True)
+                self._dies(f"{type(error).__name__}: {error}")
+            finally:
+                os._exit(1)
 
     def _work(self, niceness: int) -> None:
         if niceness:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+            with contextlib.suppress(OSError):  # nice to have
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         while True:
             with self._ready:
                 self._ready.wait_for(lambda: self._unordered or self._last_seq in self._waiting)
@@ -115,7 +127,7 @@ def _unboxed(box: Boxed) -> Any:
     return None if box is None else ray.get(box[0])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
@@ -183,7 +195,10 @@ class GPUReplica:
         if not on_cuda:
             torch.set_num_threads(1)
         self._device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
-        self._order = PlanOrder(niceness=0 if on_cuda else CPU_NICENESS)
+        self._order = PlanOrder(
+            niceness=0 if on_cuda else CPU_NICENESS,
+            dies=lambda reason: note(folder, f"GPU replica {gpu} ends: {reason}"),
+        )
         self._order.run(self._load)
 
     def _load(self) -> None:
@@ -349,7 +364,7 @@ class GPUReplica:
         try:
             return call()
         except Exception as error:
-            failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
+            failure = OutOfMemory(first_line(error)) if is_out_of_memory(error) else error
             own = None if isinstance(error, GivenUp) else error
             log_request(WARNING, name, "failed in %s: %s", what, type(error).__name__, error=own)
         # only here the traceback is gone that holds the tensors of the failed step

@@ -31,6 +31,10 @@ HAND_OVER_S = 10.0
 """How long a picture's reference is kept behind its result. Ray never deletes an object below 100 KB from its owner's
 memory when the last reference to it was somebody else's."""
 
+SHUTTING_DOWN = "the server is shutting down"
+RESTART_S = 30
+"""When to ask again where another one starts."""
+
 
 class Requests:
     """Requests coming and going.
@@ -71,6 +75,15 @@ class Requests:
         forgotten = [self._kept.forget(request_id) for request_id in request_ids]
         return bool(opened) or any(forgotten)
 
+    def drain(self, *, at_once: bool) -> int:
+        """Let nobody in any more, and with `at_once` end whoever is open. Returns how many still are."""
+        self._state.is_draining = True
+        for entry in list(self.entries.values()) if at_once else ():
+            self.end(
+                entry, NotReady(f"{SHUTTING_DOWN}, it was not finished in time", retry_after_s=RESTART_S)
+            )
+        return len(self.entries)
+
     def leave(self, entry: Entry, call_id: str) -> None:
         entry.callers.discard(call_id)
         if not entry.callers:
@@ -91,6 +104,8 @@ class Requests:
         return entry
 
     def _admit(self, request: GenerateRequest) -> Entry:
+        if self._state.is_draining:
+            raise NotReady(SHUTTING_DOWN, retry_after_s=RESTART_S)
         if self._state.failure:
             raise NotReady(f"the cell is not ready: {self._state.failure}", retry_after_s=5)
         now_s = time.monotonic()

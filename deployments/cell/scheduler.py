@@ -131,6 +131,10 @@ class Scheduler:
         """`Requests.delete`."""
         return self._requests.delete(request_ids)
 
+    async def drain(self, at_once: bool) -> int:
+        """`Requests.drain`."""
+        return self._requests.drain(at_once=at_once)
+
     # ---- planning -----------------------------------------------------------------------------------------
 
     async def _plan_forever(self) -> None:

@@ -23,6 +23,7 @@ class CellState:
         rounds: the board and the plans.
         wake: set when there may be something to plan.
         failure: why no request is let in; "" while the cell works.
+        is_draining: no new request is let in, since the server is about to be stopped.
         lost: GPUs that are off the board, those that are cordoned included.
         info, profile: of the model, once it is loaded.
     """
@@ -34,6 +35,7 @@ class CellState:
     history: History
     wake: asyncio.Event
     failure: str = "starting"
+    is_draining: bool = False
     lost: set[int] = field(default_factory=set)
     info: ModelInfo = field(init=False)
     profile: LiveProfile = field(init=False)

@@ -11,7 +11,7 @@ from deployments.cell.entries import unix_ahead_s
 from deployments.cell.meters import Families
 from deployments.cell.planner import Planner
 from deployments.cell.recovery import Recovery
-from deployments.cell.requests import Requests
+from deployments.cell.requests import SHUTTING_DOWN, Requests
 from deployments.cell.state import CellState
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, Execution
@@ -42,9 +42,10 @@ class View:
     def status(self) -> CellStatus:
         gpus = self._state.args.cell.gpus
         failed = bool(self._state.failure)
+        reason = self._state.failure or (SHUTTING_DOWN if self._state.is_draining else "")
         return CellStatus(
-            ready=not failed,
-            reason=self._state.failure,
+            ready=not reason,
+            reason=reason,
             gpus=gpus,
             gpus_ready=0 if failed else gpus - len(self._state.lost),
             open_requests=len(self._requests.entries),

@@ -24,7 +24,7 @@ def load_keys(http: HTTPArgs) -> tuple[bytes, ...]:
         keys += os.environ.get(http.api_keys_env, "").split(",")
     if http.api_keys_file is not None:
         try:
-            lines = Path(http.api_keys_file).read_text().splitlines()
+            lines = Path(http.api_keys_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = type(error).__name__
             raise ConfigError(f"http.api_keys_file: cannot read {http.api_keys_file!r}: {reason}") from None

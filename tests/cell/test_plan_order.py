@@ -17,7 +17,7 @@ def fail() -> None:
 
 
 def test_ranges_wait_for_the_one_before_also_when_that_one_failed() -> None:
-    order, ran = PlanOrder(niceness=0), list[int]()
+    order, ran = PlanOrder(niceness=0, dies=print), list[int]()
     with ThreadPoolExecutor(4) as pool:
         third = pool.submit(order.run_after, 4, 9, lambda: ran.append(9))
         first = pool.submit(order.run_after, -1, 2, lambda: ran.append(2))
@@ -30,7 +30,7 @@ def test_ranges_wait_for_the_one_before_also_when_that_one_failed() -> None:
 
 
 def test_what_nobody_waits_for_runs_between_ranges() -> None:
-    order, ran = PlanOrder(niceness=0), list[str]()
+    order, ran = PlanOrder(niceness=0, dies=print), list[str]()
     begun, over = threading.Event(), threading.Event()
 
     def long_range() -> None:
@@ -53,7 +53,7 @@ def test_an_engine_thread_that_dies_ends_its_process_and_says_why() -> None:
     program = """
 import time
 from deployments.cell.replica import PlanOrder
-order = PlanOrder(niceness=0)
+order = PlanOrder(niceness=0, dies=print)
 order.post(lambda: time.sleep(0.5))
 order.post(print).cancel()
 time.sleep(60)
@@ -61,3 +61,12 @@ time.sleep(60)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
     assert ended.returncode == 1
     assert "the engine thread died" in ended.stderr and "InvalidStateError" in ended.stderr
+    assert "InvalidStateError" in ended.stdout  # what the console of a starting server says
+
+
+def test_a_priority_that_may_not_be_had_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.setpriority", refuse)
+    assert PlanOrder(niceness=19, dies=print).run(lambda: 5) == 5

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from tetriserve.chain import component_of
-from tetriserve.client import CONNECT_TIMEOUT_S, ServerError, key_headers
+from tetriserve.client import CONNECT_TIMEOUT_S, ServerError, follows_environment, key_headers
 from tetriserve.errors import ConfigError
 from tetriserve.simulation.result import Executed, Outcome
 from tetriserve.simulation.trace import TraceRequest
@@ -52,7 +52,11 @@ async def _replay(url: str, trace: Sequence[TraceRequest], on_settled: Callable[
     limits = httpx.Limits(max_connections=None)
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
     async with httpx.AsyncClient(
-        headers=key_headers(), base_url=url, limits=limits, timeout=timeout
+        headers=key_headers(),
+        base_url=url,
+        limits=limits,
+        timeout=timeout,
+        trust_env=follows_environment(url),
     ) as client:
         await _cells(client)
         done = Replay()
