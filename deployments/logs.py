@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._common.formatters import JSONFormatter
@@ -40,6 +46,51 @@ def log_request(
     values = (request_id, outcome, None if total_s is None else round(total_s, 6))
     fields = {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
     logger.log(level, f"request %s {message}", request_id, *args, extra=fields, exc_info=error, stacklevel=2)
+
+
+class _Quoting(threading.local):
+    """Whether libraries may say in this thread what they like."""
+
+    allowed = True
+
+
+_quoting = _Quoting()
+
+
+@contextmanager
+def unquoted() -> Iterator[None]:
+    """In this thread the log lines and warnings of libraries say where they come from, not what they say: some quote
+    the prompt that they are given. Needs `guard_prompts`."""
+    before, _quoting.allowed = _quoting.allowed, False
+    try:
+        yield
+    finally:
+        _quoting.allowed = before
+
+
+def guard_prompts() -> None:
+    """Have this process keep to `unquoted`."""
+    make_record, show_warning = logging.getLogRecordFactory(), warnings.showwarning
+
+    def record_of(name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(name, *args, **kwargs)
+        if not _quoting.allowed and name != logger.name:
+            record.msg, record.args = f"{name} said something about a request", ()
+            record.exc_info = record.exc_text = record.stack_info = None
+        return record
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        text = message if _quoting.allowed else "about a request"
+        show_warning(text, category, *args, **kwargs)
+
+    logging.setLogRecordFactory(record_of)
+    warnings.showwarning = show
+
+
+def quotes(text: str, *said: str | None) -> bool:
+    """Whether a text has words in it that a client said."""
+    words = {word.lower() for one in said for word in re.findall(r"\w{4,}", one or "")}
+    return any(word in words for word in re.findall(r"\w{4,}", text.lower()))
 
 
 @dataclass(frozen=True)

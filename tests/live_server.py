@@ -52,7 +52,8 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         serve = [str(BIN / "tetriserve"), "serve", "--config", str(config), "--port", str(port)]
         self._command = [*before, *serve]
-        self._where: dict[str, Any] = {"cwd": cwd, "env": {**os.environ, **env}}
+        self.env = {**os.environ, **env}
+        self._where: dict[str, Any] = {"cwd": cwd, "env": self.env}
         self.start()
 
     def start(self) -> None:

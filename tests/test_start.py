@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ HOSTILE = {
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server started without CAP_SYS_NICE, in a folder that has modules of the same names as those that it needs,
     by a relative path."""
-    config = write_config(tmp_path_factory.mktemp("hostile"))
+    config = write_config(tmp_path_factory.mktemp("hostile"), logging={"log_level": "DEBUG"})
     folder = config.parent / "a folder of the user"
     folder.mkdir()
     for name in ("numpy", "yaml", "random", "token"):
@@ -49,7 +50,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     may_drop = (
         shutil.which("setpriv") and subprocess.run([*no_nice, "true"], capture_output=True).returncode == 0
     )
-    yield Server(Path("..") / config.name, before=no_nice if may_drop else [], cwd=folder, env=HOSTILE)
+    with tempfile.TemporaryDirectory(dir="/tmp") as for_ray:
+        env = {**HOSTILE, "RAY_TMPDIR": for_ray}
+        yield Server(Path("..") / config.name, before=no_nice if may_drop else [], cwd=folder, env=env)
 
 
 def post(server: Server, **more: object) -> httpx.Response:
@@ -75,6 +78,42 @@ def test_what_is_of_no_concern_stops_nothing(hostile: Server, tmp_path: Path) ->
         [*command, "--out", str(out)], env=HOSTILE, capture_output=True, text=True, timeout=60
     )
     assert (said.returncode, out.exists()) == (0, True), said.stderr
+
+
+def test_nothing_that_a_client_sent_is_in_a_log(hostile: Server) -> None:
+    """At the most talkative level; one prompt is longer than the encoders read, of which libraries warn."""
+    code = "Xylograph"
+    key = {"Authorization": f"Bearer {code}-key", "Idempotency-Key": f"{code}-key", "User-Agent": code}
+    long = " ".join(["a small red circle"] * 30) + f" {code}"
+    odd = [
+        {"prompt": long},
+        {"prompt": long, "negative_prompt": f"{code} {long}", "true_cfg_scale": 3.0},
+        {"prompt": long, "stream": True, "partial_images": 1},
+        {"prompt": [code]},
+        {"prompt": code, "size": code},
+        {"prompt": code, code: code, "user": code, "extra_args": {code: code}},
+        {"prompt": code, "seed": code, "model": code},
+        {"prompt": f"{code}\0\ud800".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "n": 99},
+    ]
+    with httpx.Client(base_url=hostile.url, timeout=60, trust_env=False) as client:
+        for number, asked in enumerate(odd):
+            headers = {**key, "Idempotency-Key": f"{code}-{number}"}
+            small = {"size": "256x256", "num_inference_steps": 1}
+            client.post("/v1/images/generations", json={**small, **asked}, headers=headers)
+        client.post("/v1/images/generations", content=f'{{"prompt": "{code}'.encode(), headers=key)
+        client.delete("/v1/images/generations", headers=key)
+        client.get(f"/v1/models/{code}?{code}={code}", headers=key)
+    session = next(Path(hostile.env["RAY_TMPDIR"]).glob("**/logs"))
+    files = [file for file in session.rglob("*") if file.is_file()]
+    assert any("GPUReplica" in file.name for file in files)
+    telling = [file for file in files if code.lower() in file.read_text(errors="replace").lower()]
+    assert {file.name: lines_with(file, code) for file in telling} == {}
+
+
+def lines_with(file: Path, code: str) -> list[str]:
+    return [line for line in file.read_text(errors="replace").splitlines() if code.lower() in line.lower()][
+        :3
+    ]
 
 
 def test_what_runs_is_finished_before_it_stops(hostile: Server) -> None:

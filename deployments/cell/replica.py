@@ -21,11 +21,11 @@ import ray
 
 from deployments.cell.entries import name_of
 from deployments.config import AppArgs
-from deployments.logs import LogForm, log_request, logger, write_as
+from deployments.logs import LogForm, guard_prompts, log_request, logger, quotes, unquoted, write_as
 from deployments.progress import note
 from tetriserve.engine.environment import set_environment
 from tetriserve.engine.report import GivenUp
-from tetriserve.errors import ConfigError, OutOfMemory
+from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
 from tetriserve.scheduler.assignment import Assignment
 
@@ -184,6 +184,7 @@ class GPUReplica:
 
     def __init__(self, gpu: int, args: AppArgs, folder: Path) -> None:
         set_environment()
+        guard_prompts()
         import torch
 
         self._gpu = gpu
@@ -343,7 +344,16 @@ class GPUReplica:
             group = engine.groups.group(assignment.gpus, assignment.seq)
             if missing:
                 raise GivenUp(missing)
-            made = PHASES[assignment.kind].run(engine, assignment, request, *held)
+            try:
+                with unquoted():
+                    made = PHASES[assignment.kind].run(engine, assignment, request, *held)
+            except Exception as error:
+                if request is not None and quotes(str(error), request.prompt, request.negative_prompt):
+                    kind = type(error).__name__
+                    raise GenerationFailed(
+                        f"{kind} in {assignment.kind}, its text quotes the request"
+                    ) from None
+                raise
             if group is not None:
                 group.agree(self._device)
             return made if place == 0 else made[0]
