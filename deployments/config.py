@@ -57,6 +57,9 @@ class ModelArgs(_Section):
         description="Keep the transformer's weights so (torchao, weight-only): half the memory of bfloat16, other "
         "pictures than the model as published, and answers say so. Extra `quantization`.",
     )
+    aliases: tuple[str, ...] = Field(
+        (), description="Names beside `name` under which requests may ask for it."
+    )
     loras: tuple[LoraArgs, ...] = Field((), description="LoRAs that requests may choose. Extra `lora`.")
 
     @field_validator("loras")
@@ -226,6 +229,12 @@ class HTTPArgs(_Section):
     )
     api_keys_file: str | None = Field(None, description="File with one API key per line, # for comments.")
 
+    cors_allow_origins: tuple[str, ...] = Field(
+        (), description='Web pages of these origins may call the API from browsers; ["*"]: of all.'
+    )
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="Of requests that do not say."
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Larger bodies are answered 413.")
     max_n: int = Field(10, ge=1, le=10, description="Largest `n` of one request.")
     public_url: str | None = Field(

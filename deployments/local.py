@@ -29,6 +29,7 @@ from ray.serve._private.api import serve_start
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.config import AppArgs
+from deployments.http.plain import PROXY_CALLBACK
 from deployments.logs import logger
 from deployments.progress import notes
 from tetriserve.client import follows_environment
@@ -146,7 +147,8 @@ def with_whole_paths(args: dict[str, Any]) -> dict[str, Any]:
 def check_port(host: str, port: int) -> None:
     """Raise `ConfigError` if nothing can listen there. Ray would share a port in use without a word."""
     try:
-        with socket.create_server((host, port)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error
@@ -172,7 +174,8 @@ def run(
     if args.profile.path is not None and not Path(args.profile.path).is_file():
         raise ConfigError(f"args.profile.path: no such file: {args.profile.path}")
 
-    reachable = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(http.host, http.host)
+    reachable = f"[{reachable}]" if ":" in reachable else reachable
     url = f"http://{reachable}:{http.port}{(application.route_prefix or '').rstrip('/')}"
     out = sys.stdout
     client: Any = None
@@ -274,6 +277,7 @@ def start_ray(cpus: float) -> None:
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     # Serve kills a proxy that takes 5 s to start, as it may on a busy machine or the first time after installing
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", PROXY_CALLBACK)
     give_token()
     # Ray's workers look for modules where this process works, before they look among what is installed
     with working_in(INSTALLED):

@@ -266,7 +266,7 @@ class Router:
 
     async def model_named(self, name: str | None) -> ModelInfo:
         info = await self.model_info()
-        if name not in (None, "default", info.name):
+        if name not in (None, "default", info.name, *self.args.model.aliases):
             raise ModelNotFound("model", f"{name!r} is not served here, but {info.name!r} is")
         return info
 

@@ -233,11 +233,11 @@ def ingress(cell: Cell, store: Any = None, **http: Any) -> Ingress:
 
 
 def ask(
-    cell: Cell, method: str, path: str, limits: dict[str, Any] | None = None, **options: Any
+    cell: Cell | Ingress, method: str, path: str, limits: dict[str, Any] | None = None, **options: Any
 ) -> httpx.Response:
     async def run() -> httpx.Response:
-        app = ingress(cell, **(limits or {})).__serve_build_asgi_app__()
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        front = cell if isinstance(cell, Ingress) else ingress(cell, **(limits or {}))
+        transport = httpx.ASGITransport(front.__serve_build_asgi_app__(), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, **options)
 
@@ -279,7 +279,10 @@ def listening(front: Ingress) -> Iterator[str]:
 def check_error(answer: httpx.Response, status: int, code: str, param: str | None = None) -> str:
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
-    assert set(error) == {"message", "type", "param", "code"}
+    generation = answer.headers.get("X-Generation-Id")
+    assert error.get("request_id") == generation  # in a field of its own, not in the text
+    assert generation is None or generation not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"} | ({"request_id"} if generation else set())
     kind = {401: "authentication_error", 500: "server_error", 503: "server_error"}
     assert error["type"] == kind.get(status, "invalid_request_error")
     return str(error["message"])

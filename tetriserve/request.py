@@ -308,6 +308,7 @@ class Metrics:
         response_s: ... and to the answer, as far as the edge can see: hops and the making of a file are in it.
         slo_met: by `response_s`; in the cell by `total_s` and what the way back was expected to take.
         degraded: what was not computed as by the model as published, such as "int8" weights.
+        ignored: what the request asked for that changed nothing.
     """
 
     queue_s: float
@@ -327,6 +328,7 @@ class Metrics:
     lost: tuple[LostRange, ...] = ()
     predicted_s: float | None = None
     degraded: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     response_s: float | None = None
 
     def answered(self, response_s: float) -> Metrics:

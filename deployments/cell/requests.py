@@ -71,7 +71,7 @@ class Requests:
         """End those that are open, whoever waits for them, and forget those that are kept. False when none is."""
         opened = [self.named[request_id] for request_id in request_ids if request_id in self.named]
         for entry in opened:
-            self.end(entry, Cancelled(f"request {entry.name} was cancelled"))
+            self.end(entry, Cancelled("the request was cancelled"))
         forgotten = [self._kept.forget(request_id) for request_id in request_ids]
         return bool(opened) or any(forgotten)
 
@@ -87,7 +87,7 @@ class Requests:
     def leave(self, entry: Entry, call_id: str) -> None:
         entry.callers.discard(call_id)
         if not entry.callers:
-            self.end(entry, Cancelled(f"request {entry.name} was cancelled"))
+            self.end(entry, Cancelled("the request was cancelled"))
 
     def join(self, request: GenerateRequest, call_id: str) -> Entry:
         """The entry of a request: a new one, or for a repeated request the one that there is."""
@@ -224,7 +224,7 @@ class Requests:
         entry.conditioning = entry.latents = entry.committed_latents = None
 
     def turn_away(self, entry: Entry, why: str, earliest_slo_s: float | None = None) -> None:
-        self.end(entry, DeadlineInfeasible(f"request {entry.name} {why}", earliest_slo_s))
+        self.end(entry, DeadlineInfeasible(f"the request {why}", earliest_slo_s))
 
 
 def _as_asked(request: GenerateRequest) -> GenerateRequest:

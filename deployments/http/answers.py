@@ -22,6 +22,7 @@ class ErrorDetail(_Answer):
     type: Literal["invalid_request_error", "authentication_error", "server_error"]
     param: str | None = Field(description="The field that is wrong, where there is one.")
     code: str
+    request_id: str = Field("", description="`id` of the generation, where one was begun.")
     earliest_slo_ms: int | None = Field(
         None, description="With `deadline_infeasible`: the request would be accepted with this `slo_ms`."
     )
@@ -93,6 +94,7 @@ class MetricsAnswer(_Answer):
     predicted_s: float | None = Field(description="Arrival to end, as the first plan had it.")
     response_s: float | None = Field(description="Arrival to this answer; `slo_met` goes by it.")
     degraded: list[str] = Field(description="What was not computed as by the model as published.")
+    ignored: list[str] = Field(description="Fields of the request that changed nothing.")
 
 
 class PictureAnswer(_Answer):
@@ -104,7 +106,18 @@ class PictureAnswer(_Answer):
     metrics: MetricsAnswer
 
 
+class InputTokens(_Answer):
+    image_tokens: int
+    text_tokens: int
+
+
 class Usage(_Answer):
+    """OpenAI's counts, all zero: nothing is counted in tokens here."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    total_tokens: int
     peak_memory_mb: float
 
 
@@ -134,6 +147,12 @@ class ModelAnswer(_Answer):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str = Field(description="The model that the id is a name of.")
+    num_gpus: int = Field(description="Of one cell.")
+    task_type: Literal["T2I"]
+    dtype: str
+    sizes: list[str] = Field(description="Whose step times were measured; others are served too.")
+    degrees: list[int] = Field(description="Sequence-parallel degrees that a step may run at.")
 
 
 class ModelsAnswer(_Answer):
@@ -146,6 +165,7 @@ class ModelInfoAnswer(ModelInfo):
     """Task, name and limits of the model."""
 
     task: Literal["image"]
+    model_path: str
 
 
 class ProfileAnswer(_Answer):
@@ -161,13 +181,14 @@ class ProfileAnswer(_Answer):
 
 
 class BoardRange(_Answer):
-    """A rectangle of the board; neighbouring step ranges of one request are one."""
+    """A rectangle of the board."""
 
     request: str | None = Field(description="A label; null for a request of somebody else.")
     colour: int | None = Field(description="0 to 11, the same for all ranges of a request.")
     late: bool
     kind: Literal["encode", "denoise", "decode", "busy"] = Field(description='"busy": of somebody else.')
     steps: int
+    ranges: int = Field(description="Step ranges in it: more where they are too narrow to be told apart.")
     gpus: list[tuple[int, int]] = Field(description="(first, count) of neighbouring GPUs.")
     start_s: float
     end_s: float = Field(description="Predicted while it runs.")
@@ -262,6 +283,10 @@ _RESULT_HEADERS = {
     "X-Finish-S": {**_SECONDS, "description": "What it took; not with stream."},
     "X-Inference-Time-S": {**_SECONDS, "description": "`inference_time_s` of the body; not with stream."},
     "X-SLO-S": {**_SECONDS, "description": "The deadline, where there is one."},
+    "Server-Timing": {
+        "schema": {"type": "string"},
+        "description": "Milliseconds: total, queue, encode, denoise, decode; not with stream.",
+    },
     "X-SLO-Met": {"schema": {"type": "boolean"}, "description": "The same; not with stream."},
 }
 
@@ -291,6 +316,7 @@ IMAGES: Responses = ERRORS | {
     404: {"model": ErrorAnswer, "description": "A model that is not served here."},
     409: {"model": ErrorAnswer, "description": "Cancelled by a DELETE with the same Idempotency-Key."},
     413: {"model": ErrorAnswer, "description": "The body is too large."},
+    415: {"model": ErrorAnswer, "description": "Compressed or written in a way that is not taken."},
 }
 DELETED: Responses = ERRORS | {
     200: {"model": DeletedAnswer},

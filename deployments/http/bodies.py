@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
+from deployments.config import AppArgs, HTTPArgs
 from tetriserve.errors import (
     Cancelled,
     DeadlineInfeasible,
@@ -33,6 +34,14 @@ from tetriserve.errors import (
     Unauthorized,
 )
 from tetriserve.request import GenerateRequest, GenerateResult, Metrics, ModelInfo
+
+NO_TOKENS = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
+"""OpenAI's clients expect token counts; nothing is counted in tokens here."""
 
 QUALITIES = {"default": 75, "low": 35, "medium": 55, "high": 90, "maximum": 100}
 """Words of `output_quality`, as an encoder's quality in percent."""
@@ -78,6 +87,9 @@ COPIED = (
 """Fields that mean the same in a `GenerateRequest`."""
 
 
+MAX_NAMED = 32
+"""So many ignored fields are named."""
+
 SIZE = "[0-9]{1,6}x[0-9]{1,6}"
 
 
@@ -109,13 +121,15 @@ LoraChoice = Annotated[
 
 
 class ImageRequest(BaseModel):
-    """Body of `POST /v1/images/generations`. Unknown fields are ignored, null means absent.
+    """Body of `POST /v1/images/generations`. Unknown fields are ignored, and named in `metrics.ignored`; null means
+    absent.
 
     Every field may also stand inside `extra_body`; deadline fields inside `extra_args` and `extra_params`
     too (objects, or strings holding JSON). The outermost one wins.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True, json_schema_extra=_document_nested)
+    # what else there is only gets a name in the answer
+    model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=_document_nested)
 
     prompt: str = Field(json_schema_extra={"minLength": 1})
     model: str | None = None
@@ -127,8 +141,9 @@ class ImageRequest(BaseModel):
     )
     width: Integer | None = None
     height: Integer | None = None
-    response_format: Literal["b64_json", "url"] = "b64_json"
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="Default: as configured.")
     output_format: Literal["png", "jpeg", "webp"] = "png"
+    background: Literal["auto", "opaque", "transparent"] = "auto"
     output_compression: Percent | None = Field(
         None, description="Quality of jpeg and webp in percent; wins over output_quality."
     )
@@ -143,7 +158,9 @@ class ImageRequest(BaseModel):
         json_schema_extra={"minimum": 0, "maximum": 20},
     )
     true_cfg_scale: Number | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
-    seed: Integer | None = Field(None, json_schema_extra={"minimum": 0})
+    seed: Integer | None = Field(
+        None, description="-1 and null: a random one.", json_schema_extra={"minimum": -1}
+    )
     lora: LoraChoice = Field(None, description="A configured LoRA: its name, or {name, scale}.")
     user: str | None = None
     slo_ms: Positive | None = Field(None, description="Deadline, milliseconds from arrival.")
@@ -170,9 +187,12 @@ class ImageRequest(BaseModel):
             return body
         fields = _present(body)
         fields = _nested(fields, "extra_body") | fields
+        fields.pop("extra_body", None)
         for key in ("extra_args", "extra_params"):
             inner = _nested(fields, key)
-            fields = {name: inner[name] for name in ANYWHERE if name in inner} | fields
+            fields.pop(key, None)
+            named = {name if name in ANYWHERE else f"{key}.{name}": value for name, value in inner.items()}
+            fields = named | fields
         return fields
 
     @model_validator(mode="after")
@@ -193,13 +213,30 @@ class ImageRequest(BaseModel):
             raise ValueError('must look like "WIDTHxHEIGHT", for example "1024x1024", or be "auto"')
         return size
 
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, seed: int | None) -> int | None:
+        return None if seed == -1 else seed
+
+    @field_validator("background")
+    @classmethod
+    def _background(cls, background: str) -> str:
+        if background == "transparent":
+            raise ValueError("pictures have none that is transparent, allowed are auto and opaque")
+        return background
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of fields that change nothing here."""
+        return tuple(sorted(name[:64] for name in self.model_extra or {}))[:MAX_NAMED]
+
     @property
     def quality(self) -> int:
         """Encoder quality of jpeg and webp, percent."""
         return QUALITIES[self.output_quality] if self.output_compression is None else self.output_compression
 
     @classmethod
-    def parse(cls, body: bytes, max_n: int) -> ImageRequest:
+    def parse(cls, body: bytes, http: HTTPArgs) -> ImageRequest:
         """Read a request body. Raises `InvalidRequest` naming the first wrong field."""
         try:
             request = cls.model_validate_json(body)
@@ -207,8 +244,11 @@ class ImageRequest(BaseModel):
             first = error.errors(include_url=False)[0]
             field = str(first["loc"][0]) if first["loc"] else "body"
             raise InvalidRequest(field, first["msg"].removeprefix("Value error, ")) from None
-        if request.n > max_n:
-            raise InvalidRequest("n", f"{request.n}, allowed are 1 to {max_n}")
+        if request.n > http.max_n:
+            raise InvalidRequest("n", f"{request.n}, allowed are 1 to {http.max_n}")
+        if request.response_format is None:  # a stream has nothing else
+            default = "b64_json" if request.stream else http.response_format
+            request = request.model_copy(update={"response_format": default})
         return request
 
     def generate_requests(self, request_id: str) -> list[GenerateRequest]:
@@ -304,6 +344,7 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
         "predicted_s": metrics.predicted_s,
         "response_s": metrics.response_s,
         "degraded": list(metrics.degraded),
+        "ignored": list(metrics.ignored),
     }
 
 
@@ -322,6 +363,16 @@ def result_headers(response_id: str, metrics: Metrics) -> dict[str, str]:
         "X-SLO-S": metrics.slo_s,
     }
     headers = generation_headers(response_id, seconds)
+    stages = {
+        "total": metrics.response_s,
+        "queue": metrics.queue_s,
+        "encode": metrics.encode_s,
+        "denoise": metrics.denoise_s,
+        "decode": metrics.decode_s,
+    }
+    headers["Server-Timing"] = ", ".join(
+        f"{name};dur={1000 * seconds:.1f}" for name, seconds in stages.items() if seconds is not None
+    )
     if metrics.slo_met is not None:
         headers["X-SLO-Met"] = "true" if metrics.slo_met else "false"
     return headers
@@ -353,13 +404,28 @@ def image_response(
         "metrics": metrics,
         "inference_time_s": slowest.metrics.inference_s,
         "peak_memory_mb": metrics["peak_memory_mb"],
-        "usage": {"peak_memory_mb": metrics["peak_memory_mb"]},
+        "usage": {**NO_TOKENS, "peak_memory_mb": metrics["peak_memory_mb"]},
     }
 
 
-def model_body(info: ModelInfo, created_s: int) -> dict[str, Any]:
-    """One entry of OpenAI's model list."""
-    return {"id": info.name, "object": "model", "created": created_s, "owned_by": "tetriserve"}
+def model_body(info: ModelInfo, args: AppArgs, name: str, created_s: int) -> dict[str, Any]:
+    """One entry of OpenAI's model list, with what vLLM-Omni's and SGLang's lists have beside it.
+
+    Args:
+        name: the model's or one of its aliases.
+    """
+    return {
+        "id": name,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "tetriserve",
+        "root": info.name,
+        "num_gpus": args.cell.gpus,
+        "task_type": "T2I",
+        "dtype": args.model.dtype,
+        "sizes": [f"{shape.width}x{shape.height}" for shape in args.profile.all_shapes],
+        "degrees": list(args.cell.all_degrees),
+    }
 
 
 def error_body(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
@@ -367,8 +433,22 @@ def error_body(message: str, kind: str, code: str, param: str | None = None) -> 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def describe_error(error: TetriserveError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers of the answer to a failed request."""
+def describe_error(
+    error: TetriserveError, generation_id: str | None = None
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of the answer to a failed request.
+
+    Args:
+        generation_id: where one was begun. It is not part of the message, by which load testers count.
+    """
+    status, body, headers = _described(error)
+    if generation_id is not None:
+        body["error"]["request_id"] = generation_id
+        headers["X-Generation-Id"] = generation_id
+    return status, body, headers
+
+
+def _described(error: TetriserveError) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, InvalidRequest):
         status = 404 if isinstance(error, NotFound) else 400
         body = error_body(error.message, "invalid_request_error", error.code, error.field)

@@ -16,7 +16,7 @@ from PIL import Image
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deployments.http.bodies import ImageRequest, describe_error, metrics_body
+from deployments.http.bodies import NO_TOKENS, ImageRequest, describe_error, metrics_body
 from deployments.http.pictures import encode_image
 from deployments.router import as_tetriserve_error
 from tetriserve.errors import GenerationFailed
@@ -29,14 +29,6 @@ KEEPALIVE = b": still there\n\n"
 
 SQUARE = 4
 """Pixels along a side of what previews are made of; half of what a latent stands for."""
-
-NO_TOKENS = {
-    "input_tokens": 0,
-    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    "output_tokens": 0,
-    "total_tokens": 0,
-}
-"""OpenAI's clients expect token counts; nothing is counted in tokens here."""
 
 Said = tuple[int, Progress | GenerateResult | None]
 """Index of a picture and the news of it; None is a sign of life."""
@@ -133,7 +125,7 @@ async def events(
                 yield KEEPALIVE
             said = await anext(rest, None)
     except Exception as error:
-        _, body, _ = describe_error(as_tetriserve_error(error))
+        _, body, _ = describe_error(as_tetriserve_error(error), response_id)
         yield _event("error", body)
 
 
@@ -188,4 +180,6 @@ def _enlarged(preview: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _event(kind: str, body: dict[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **body})}\n\n".encode()
+    # load testers (AIPerf) read what an error says from a comment beside it
+    comment = f": {' '.join(body['error']['message'].split())}\n" if kind == "error" else ""
+    return f"event: {kind}\n{comment}data: {json.dumps({'type': kind, **body})}\n\n".encode()

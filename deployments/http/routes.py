@@ -21,7 +21,7 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 from deployments.cell.meters import exposition
@@ -39,6 +39,7 @@ from deployments.http.bodies import (
 from deployments.http.events import EventResponse, events, newest
 from deployments.http.keys import check_key
 from deployments.http.pictures import Picture, encode_image
+from deployments.http.plain import HeadAsGet, read_body
 from deployments.router import Router, as_tetriserve_error, translate, why_not_ready
 from tetriserve import __version__
 from tetriserve.errors import GenerationFailed, InvalidRequest, NotFound, NotReady, TetriserveError
@@ -68,7 +69,12 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
 
 
 class Endpoints:
@@ -94,9 +100,10 @@ class Endpoints:
 
     async def post_images(self, http: Request) -> Response:
         """`POST /v1/images/generations`."""
-        body = await _read_body(http, self._args.http.max_body_bytes)
-        request = ImageRequest.parse(body, self._args.http.max_n)
+        body = await read_body(http, self._args.http.max_body_bytes)
+        request = ImageRequest.parse(body, self._args.http)
         response_id, requests = self._identified(request, http)
+        http.state.generation_id = response_id
         way_back_s = self._router.way_back.predict(request.output_format, requests[0].shape.pixels)
         requests = [
             dataclasses.replace(
@@ -120,7 +127,9 @@ class Endpoints:
             pictures = [{"b64_json": base64.b64encode(content).decode()} for content in encoded]
         last = max(results, key=lambda result: result.created_s)
         results = [
-            self._router.answered(result, one, request.output_format, is_last=result is last)
+            _with_ignored(
+                self._router.answered(result, one, request.output_format, is_last=result is last), request
+            )
             for result, one in zip(results, requests, strict=True)
         ]
         slowest = max(results, key=lambda result: result.metrics.total_s)
@@ -141,7 +150,8 @@ class Endpoints:
         headers = generation_headers(response_id, seconds)
 
         def answered(picture: int, result: GenerateResult) -> GenerateResult:
-            return self._router.answered(result, requests[picture], request.output_format)
+            one = self._router.answered(result, requests[picture], request.output_format)
+            return _with_ignored(one, request)
 
         body = events(request, response_id, requests, first, news, answered)
         return EventResponse(news, body, headers)
@@ -208,15 +218,20 @@ class Endpoints:
     async def get_models(self) -> JSONResponse:
         """`GET /v1/models`."""
         info = await self._router.model_info()
-        return JSONResponse({"object": "list", "data": [model_body(info, self._started_s)]})
+        names = (info.name, *self._args.model.aliases)
+        data = [model_body(info, self._args, name, self._started_s) for name in names]
+        return JSONResponse({"object": "list", "data": data})
 
     async def get_model(self, model_id: str) -> JSONResponse:
         """`GET /v1/models/{id}`."""
-        return JSONResponse(model_body(await self._router.model_named(model_id), self._started_s))
+        info = await self._router.model_named(model_id)
+        name = info.name if model_id == "default" else model_id
+        return JSONResponse(model_body(info, self._args, name, self._started_s))
 
     async def get_model_info(self) -> JSONResponse:
         """`GET /v1/model_info`: name, task and limits of the model."""
-        return JSONResponse({"task": "image", **dataclasses.asdict(await self._router.model_info())})
+        of_model = dataclasses.asdict(await self._router.model_info())
+        return JSONResponse({"task": "image", "model_path": self._args.model.path, **of_model})
 
     async def get_metrics(self) -> Response:
         """`GET /metrics`: every cell that answers, as Prometheus reads it."""
@@ -341,6 +356,15 @@ def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]
     app.add_api_route(
         "/health", endpoints.get_health, methods=["GET"], response_model=None, responses=answers.HEALTH
     )
+    app.add_middleware(HeadAsGet)
+    if origins := router.args.http.cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_exception_handler(TetriserveError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_wrong_parameter)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -348,8 +372,14 @@ def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]
     return app
 
 
-async def _on_error(_: Request, error: Exception) -> JSONResponse:
-    status, body, headers = describe_error(as_tetriserve_error(error))
+def _with_ignored(result: GenerateResult, request: ImageRequest) -> GenerateResult:
+    ignored = (*result.metrics.ignored, *request.ignored)
+    return dataclasses.replace(result, metrics=dataclasses.replace(result.metrics, ignored=ignored))
+
+
+async def _on_error(http: Request, error: Exception) -> JSONResponse:
+    generation_id = getattr(http.state, "generation_id", None)
+    status, body, headers = describe_error(as_tetriserve_error(error), generation_id)
     return JSONResponse(body, status_code=status, headers=headers)
 
 
@@ -384,20 +414,3 @@ def _keyed(http: Request) -> tuple[str | None, int]:
     client = http.headers.get("authorization", "")
     digest = hashlib.sha256(f"{client}\n{key}".encode()).hexdigest()
     return f"img_{digest[:32]}", int(digest[32:39], 16)
-
-
-async def _read_body(http: Request, limit: int) -> bytes:
-    """The whole body. Stops reading at `limit` bytes, whatever the Content-Length header claims."""
-    too_large = HTTPException(413, f"the body is larger than {limit} bytes")
-    claimed = http.headers.get("content-length", "")
-    if claimed.isdecimal() and int(claimed[:20]) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async for chunk in http.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_large
-    except ClientDisconnect:
-        raise InvalidRequest("body", "the client went away while sending it") from None
-    return bytes(body)

@@ -51,9 +51,11 @@ def said(answer: httpx.Response) -> list[dict[str, Any]]:
     for block in answer.text.split("\n\n")[:-1]:
         if block.startswith(":"):
             continue
-        kind, data = block.split("\n")
+        kind, *comment, data = block.split("\n")
         bodies.append(json.loads(data.removeprefix("data: ")))
         assert kind == f"event: {bodies[-1]['type']}"
+        error = bodies[-1].get("error")  # load testers read its text from a comment
+        assert comment == ([f": {error['message']}"] if error else [])
     return bodies
 
 
@@ -149,6 +151,7 @@ def test_an_error_before_the_stream_is_answered_and_one_in_it_is_an_event() -> N
     cell = Cell(error=errors.GenerationFailed("out of memory"))
     cell.pause_s = 0.05
     (event,) = said(post(cell, **STREAM))
+    assert event["error"].pop("request_id").startswith("img_")
     assert event == {
         "type": "error",
         "error": {
