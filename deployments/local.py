@@ -29,7 +29,6 @@ from ray.serve._private.api import serve_start
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.config import AppArgs
-from deployments.http.plain import PROXY_CALLBACK
 from deployments.logs import logger
 from deployments.progress import notes
 from tetriserve.client import follows_environment
@@ -46,6 +45,8 @@ ASK_S = 5.0
 """Until a cell has answered."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+PROXY_CALLBACK = "deployments.http.plain:take_offers_as_requests"
+"""Ray Serve's HTTP proxy calls it when it starts."""
 LAST_ANSWERS_S = 1.0
 """For what is already finished to be encoded and sent."""
 

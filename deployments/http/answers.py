@@ -136,6 +136,46 @@ class ImagesAnswer(_Answer):
     usage: Usage
 
 
+class ImageUrl(_Answer):
+    url: str = Field(description="A data URL.")
+
+
+class ChatPart(_Answer):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    stage_durations: StageDurations
+    peak_memory_mb: float
+
+
+class ChatMessage(_Answer):
+    role: Literal["assistant"]
+    content: list[ChatPart]
+
+
+class ChatChoice(_Answer):
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop"]
+
+
+class ChatUsage(_Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatAnswer(_Answer):
+    """A choice for each picture."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    metrics: MetricsAnswer
+    usage: ChatUsage
+
+
 class DeletedAnswer(_Answer):
     id: str
     object: Literal["image.generation.deleted"]
@@ -317,6 +357,14 @@ IMAGES: Responses = ERRORS | {
     409: {"model": ErrorAnswer, "description": "Cancelled by a DELETE with the same Idempotency-Key."},
     413: {"model": ErrorAnswer, "description": "The body is too large."},
     415: {"model": ErrorAnswer, "description": "Compressed or written in a way that is not taken."},
+}
+CHAT: Responses = {
+    **IMAGES,
+    200: {
+        "model": ChatAnswer,
+        "headers": _RESULT_HEADERS,
+        "links": {"forget": {"operationId": "delete_images", "parameters": _SAME_KEY}},
+    },
 }
 DELETED: Responses = ERRORS | {
     200: {"model": DeletedAnswer},

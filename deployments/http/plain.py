@@ -16,16 +16,14 @@ from uvicorn import config
 
 from tetriserve.errors import InvalidRequest
 
-PROXY_CALLBACK = "deployments.http.plain:take_offers_as_requests"
-"""For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: Serve's proxy, none of our deployments, calls it when it starts.
-`tetriserve serve` says so; whoever runs a cluster does before `ray start`."""
-
 
 def take_offers_as_requests() -> list[Any]:
     """Read requests with h11. uvicorn's other parser loses the body of a request that offers to go on in another
     protocol, as Java's standard client does with every one (`Upgrade: h2c`).
 
-    Returns no middleware, for which Serve asks here.
+    Ray Serve's proxy, none of our deployments, calls this when it starts, where the environment says so
+    (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH): `tetriserve serve` sets it, whoever runs a cluster does before
+    `ray start`. Returns no middleware, for which Serve asks here.
     """
     config.HTTP_PROTOCOLS["auto"] = config.HTTP_PROTOCOLS["h11"]
     return []

@@ -36,6 +36,7 @@ from deployments.http.bodies import (
     picture_ids,
     result_headers,
 )
+from deployments.http.chat import chat_response, parse_chat
 from deployments.http.events import EventResponse, events, newest
 from deployments.http.keys import check_key
 from deployments.http.pictures import Picture, encode_image
@@ -77,6 +78,29 @@ HTTP_CODES = {
 }
 
 
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array"]}},
+}
+_OF_PICTURES = {k: v for k, v in ImageRequest.model_json_schema()["properties"].items() if k != "prompt"}
+CHAT_BODY = {
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["messages"],
+                "properties": {
+                    "messages": {"type": "array", "minItems": 1, "items": _MESSAGE},
+                    **_OF_PICTURES,
+                },
+            }
+        }
+    },
+    "required": True,
+}
+
+
 class Endpoints:
     """Turns HTTP requests into calls of the router and what comes back into responses."""
 
@@ -102,39 +126,61 @@ class Endpoints:
         """`POST /v1/images/generations`."""
         body = await read_body(http, self._args.http.max_body_bytes)
         request = ImageRequest.parse(body, self._args.http)
+        response_id, requests = self._begun(request, http)
+        if request.stream:
+            return await self._streamed_images(request, response_id, requests)
+        results, contents = await self._finished(request, requests)
+        if request.response_format == "url":
+            urls = await self._keep(results, contents, f"image/{request.output_format}", str(http.base_url))
+            pictures = [{"url": url} for url in urls]
+        else:
+            pictures = [{"b64_json": base64.b64encode(content).decode()} for content in contents]
+        results, slowest = self._leaving(request, requests, results)
+        answer = image_response(request, response_id, results, slowest, pictures)
+        return JSONResponse(answer, headers=result_headers(response_id, slowest.metrics))
+
+    async def post_chat(self, http: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        request = parse_chat(await read_body(http, self._args.http.max_body_bytes), self._args.http)
+        response_id, requests = self._begun(request, http)
+        results, contents = await self._finished(request, requests)
+        results, slowest = self._leaving(request, requests, results)
+        answer = chat_response(request, response_id, results, slowest, contents)
+        return JSONResponse(answer, headers=result_headers(response_id, slowest.metrics))
+
+    def _begun(self, request: ImageRequest, http: Request) -> tuple[str, list[GenerateRequest]]:
+        """The id of the response and its requests, with who sent them and when."""
         response_id, requests = self._identified(request, http)
         http.state.generation_id = response_id
         way_back_s = self._router.way_back.predict(request.output_format, requests[0].shape.pixels)
-        requests = [
-            dataclasses.replace(
-                one, client=http.state.client, arrived_s=http.state.arrived_s, way_back_s=way_back_s
-            )
-            for one in requests
-        ]
-        if request.stream:
-            return await self._streamed_images(request, response_id, requests)
+        edge = {"client": http.state.client, "arrived_s": http.state.arrived_s, "way_back_s": way_back_s}
+        return response_id, [dataclasses.replace(one, **edge) for one in requests]
+
+    async def _finished(
+        self, request: ImageRequest, requests: list[GenerateRequest]
+    ) -> tuple[list[GenerateResult], list[bytes]]:
+        """Results and their files."""
         results = await self._generate_all(requests)
-        encoded = await asyncio.gather(
+        contents = await asyncio.gather(
             *(
                 asyncio.to_thread(encode_image, result.image, request.output_format, request.quality)
                 for result in results
             )
         )
-        if request.response_format == "url":
-            urls = await self._keep(results, encoded, f"image/{request.output_format}", str(http.base_url))
-            pictures = [{"url": url} for url in urls]
-        else:
-            pictures = [{"b64_json": base64.b64encode(content).decode()} for content in encoded]
+        return results, contents
+
+    def _leaving(
+        self, request: ImageRequest, requests: list[GenerateRequest], results: list[GenerateResult]
+    ) -> tuple[list[GenerateResult], GenerateResult]:
+        """The results as they leave now, and the slowest of them."""
         last = max(results, key=lambda result: result.created_s)
-        results = [
+        left = [
             _with_ignored(
                 self._router.answered(result, one, request.output_format, is_last=result is last), request
             )
             for result, one in zip(results, requests, strict=True)
         ]
-        slowest = max(results, key=lambda result: result.metrics.total_s)
-        answer = image_response(request, response_id, results, slowest, pictures)
-        return JSONResponse(answer, headers=result_headers(response_id, slowest.metrics))
+        return left, max(left, key=lambda result: result.metrics.total_s)
 
     async def _streamed_images(
         self, request: ImageRequest, response_id: str, requests: list[GenerateRequest]
@@ -320,6 +366,15 @@ def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]
         openapi_extra={"parameters": [IDEMPOTENCY_KEY | {"required": True}]},
         dependencies=keyed,
         responses=answers.DELETED,
+    )
+    app.add_api_route(
+        "/v1/chat/completions",
+        endpoints.post_chat,
+        methods=["POST"],
+        response_model=None,
+        openapi_extra={"requestBody": CHAT_BODY, "parameters": [IDEMPOTENCY_KEY]},
+        dependencies=keyed,
+        responses=answers.CHAT,
     )
     for path, endpoint, responses in (
         ("/v1/models", endpoints.get_models, answers.MODELS),

@@ -94,6 +94,7 @@ def test_every_route_is_in_the_document_with_its_errors() -> None:
     paths = ingress(Cell()).__serve_build_asgi_app__().openapi()["paths"]
     assert set(paths) == {
         "/v1/images/generations",
+        "/v1/chat/completions",
         "/v1/images/{picture_id}/content",
         "/v1/models",
         "/v1/models/{model_id}",
