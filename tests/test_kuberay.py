@@ -21,6 +21,7 @@ from tetriserve.cache import cache_folder
 
 ROOT = Path(__file__).parents[1]
 MANIFEST = ROOT / "examples" / "kuberay_flux.yaml"
+DOCKERFILE = ROOT / "examples" / "Dockerfile"
 CLUSTER_FILE = ROOT / "cluster_configs" / "flux_8xh100.yaml"
 VOLUME, SERVICE = yaml.safe_load_all(MANIFEST.read_text())
 CLUSTER = SERVICE["spec"]["rayClusterConfig"]
@@ -119,7 +120,7 @@ def test_serve_and_we_accept_it_and_it_fits_the_pod(tmp_path: Path) -> None:
 def test_ray_is_the_version_that_is_tested() -> None:
     (pinned,) = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert CLUSTER["rayVersion"] == pinned
-    assert re.findall(r"FROM rayproject/ray:([\d.]+)-", MANIFEST.read_text()) == [pinned]
+    assert re.findall(r"^FROM rayproject/ray:([\d.]+)-", DOCKERFILE.read_text(), re.M) == [pinned]
 
 
 @pytest.mark.parametrize("pod", TEMPLATES)
