@@ -29,6 +29,7 @@ from ray.serve._private.api import serve_start
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.config import AppArgs
+from deployments.guard import start_guard
 from deployments.logs import logger
 from deployments.progress import notes
 from tetriserve.client import follows_environment
@@ -181,6 +182,7 @@ def run(
     out = sys.stdout
     client: Any = None
     is_ready = False
+    start_guard()
     adopt_orphans()
     handle_signals()
     try:

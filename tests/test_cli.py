@@ -341,6 +341,26 @@ def test_serve_interrupted_while_it_starts_leaves_nothing() -> None:
     assert processes_with(f"TETRISERVE_TEST={port}") == []
 
 
+def test_serve_that_is_killed_leaves_nothing() -> None:
+    """Ray's agents would outlive it by minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tetriserve.cli", "serve", "--port", port]
+    env = {**os.environ, "TETRISERVE_TEST": port}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("starting 2 replicas"):
+        assert process.poll() is None
+    time.sleep(2)
+    assert any("agent" in line.lower() for line in processes_with(f"TETRISERVE_TEST={port}"))
+    process.kill()
+    process.wait(10)
+    end_s = time.monotonic() + 15
+    while processes_with(f"TETRISERVE_TEST={port}"):
+        assert time.monotonic() < end_s, processes_with(f"TETRISERVE_TEST={port}")
+        time.sleep(0.2)
+
+
 def processes_with(variable: str) -> list[str]:
     """Command lines of the running processes that have this in their environment."""
     found = []
