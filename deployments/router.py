@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import AppArgs
 from deployments.logs import log_request, logger
+from deployments.memory import HostMemory
 from deployments.wayback import WayBack
 from tetriserve.errors import (
     CellLost,
@@ -64,6 +65,7 @@ class Router:
         self._info: ModelInfo | None = None
         self._checked_s = float("-inf")
         self.way_back = WayBack()
+        self._memory = HostMemory()
 
     # -- the Python handle ---------------------------------------------------------------------------------
 
@@ -172,6 +174,12 @@ class Router:
     async def statuses(self) -> list[CellStatus]:
         """Every cell that answers. Raises `NotReady` if no cell runs or none answers in time."""
         try:
+            return await self._statuses()
+        except NotReady as error:
+            raise NotReady(f"{error.message}{self._memory.shortage()}", error.retry_after_s) from error
+
+    async def _statuses(self) -> list[CellStatus]:
+        try:
             try:
                 answers = await self._cell.broadcast("status").results_async(
                     timeout_s=STATUS_TIMEOUT_S / 2, return_exceptions=True
@@ -189,7 +197,8 @@ class Router:
         """The served model; asked once. Raises `NotReady` while no cell has loaded it."""
         if self._info is not None:
             return self._info
-        info: ModelInfo = await self._ask_one("model_info", "the model is still loading")
+        loading = f"the model is still loading{self._memory.shortage()}"
+        info: ModelInfo = await self._ask_one("model_info", loading)
         self._info = info
         return info
 

@@ -16,10 +16,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from deployments.cell.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo, first_line
 from deployments.config import AppArgs
 from deployments.logs import LogForm, logger
+from deployments.memory import HostMemory
 from deployments.progress import note, session_folder
 from solver.placement import gpu_sets, group_sets
 from tetriserve.engine.report import GivenUp
-from tetriserve.errors import ConfigError, OutOfMemory
+from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory
 from tetriserve.profile import Profile
 from tetriserve.request import ModelInfo, Shape
 
@@ -42,6 +43,7 @@ class Fleet:
         device: its device, in words.
         fingerprint: changes with anything that changes step times.
         held: how many requests have tensors on each GPU, as its replica said last.
+        memory: of the host, which replicas may have died for lack of.
     """
 
     def __init__(self, args: AppArgs, group: PlacementGroup) -> None:
@@ -55,6 +57,7 @@ class Fleet:
         self.device = ""
         self.fingerprint = ""
         self.held = [0] * len(self)
+        self.memory = HostMemory()
 
     def __len__(self) -> int:
         return self._args.cell.gpus
@@ -143,10 +146,13 @@ class Fleet:
             except (asyncio.TimeoutError, ray.exceptions.RayActorError) as error:
                 tries -= 1
                 # what the constructor itself raises it will raise again
-                if not tries or getattr(error, "actor_init_failed", False):
+                if getattr(error, "actor_init_failed", False):
                     raise
-                logger.error("GPU replica %d did not start: %r", gpu, error)
-                note(self._folder, f"GPU replica {gpu} did not start, once more: {first_line(error)}")
+                why = f"GPU replica {gpu} did not start: {first_line(error)}{self.memory.shortage()}"
+                if not tries:
+                    raise GenerationFailed(why) from error
+                logger.error("%s", why)
+                note(self._folder, f"{why}; once more")
                 self.kill(gpu)
 
     async def rejoin(self, gpu: int, others: set[int]) -> None:

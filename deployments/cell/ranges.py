@@ -155,6 +155,7 @@ class Ranges:
         elif len(entry.deadly) >= max(MIN_DEADLY, self._state.args.cell.max_losses):
             times = len(entry.deadly)
             why = f"in {times} of its step ranges replicas died or lost each other"
+            why += self._state.fleet.memory.shortage()
             self._fail(entry, assignment, RuntimeError(why))
         elif gone or short or torn or entry.aborting:
             self._state.meters.lost_range(assignment.kind)

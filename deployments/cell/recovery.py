@@ -81,7 +81,7 @@ class Recovery:
         """A replica is gone: take its GPU off the board and have it replaced; the others go on."""
         if gpu in self._state.lost:
             return
-        logger.error("GPU replica %d is lost", gpu)
+        logger.error("GPU replica %d is lost%s", gpu, self._fleet.memory.shortage())
         self._state.lost.add(gpu)
         self._keeper.on_lost(gpu)
         self._rounds.gpu_lost(gpu)

@@ -128,7 +128,7 @@ def _unboxed(box: Boxed) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
+    return str(error).strip().split("\n", 1)[0].rstrip(".")
 
 
 def _log_failed(future: Future[Any]) -> None:

@@ -214,6 +214,7 @@ class Scheduler:
     def _fail_cell(self, reason: str) -> None:
         """The cell cannot go on: every open request goes back to the ingress; Serve replaces the cell."""
         if not self._state.failure:
+            reason += self._state.fleet.memory.shortage()
             logger.error("the cell failed: %s", reason)
             self._state.failure = reason
             self._state.wake.set()
