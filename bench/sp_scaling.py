@@ -21,7 +21,8 @@ import ray
 from tqdm import tqdm
 
 from deployments.cell.fleet import Fleet
-from deployments.local import load_config, start_ray
+from deployments.cluster_file import load_config
+from deployments.local import start_ray
 from tetriserve.request import GenerateRequest, Shape
 from tetriserve.scheduler.assignment import Assignment
 

@@ -57,6 +57,7 @@ class Router:
 
     Attributes:
         way_back: what results took from the cells to the caller.
+        answering: HTTP requests that are being answered here.
     """
 
     def __init__(self, cell: DeploymentHandle, args: AppArgs) -> None:
@@ -66,6 +67,7 @@ class Router:
         self._checked_s = float("-inf")
         self.way_back = WayBack()
         self._memory = HostMemory()
+        self.answering = 0
 
     # -- the Python handle ---------------------------------------------------------------------------------
 
@@ -226,8 +228,9 @@ class Router:
 
     async def drain(self, *, at_once: bool = False) -> int:
         """Let no request in any more, for the server is about to be stopped, and with `at_once` end those that are
-        open (`NotReady`). Returns how many still are. Raises `NotReady` when that is not certain."""
-        return sum(answer for answer in await self._ask_all("drain", at_once) if isinstance(answer, int))
+        open (`NotReady`). Returns how many are open or being answered. Raises `NotReady` when that is not certain."""
+        opened = [answer for answer in await self._ask_all("drain", at_once) if isinstance(answer, int)]
+        return max(sum(opened), self.answering)
 
     async def _ask_all(self, method: str, *arguments: object) -> list[Any]:
         """What every cell says, errors included. Raises `NotReady` when one says nothing."""

@@ -11,8 +11,9 @@ from ray.serve._private.build_app import build_app
 from ray.serve.config import ProxyLocation
 
 from deployments.app import build
+from deployments.cluster_file import load_config
 from deployments.config import AppArgs
-from deployments.local import cpus_needed, load_config
+from deployments.local import cpus_needed
 from tetriserve.errors import ConfigError
 
 FILES = sorted((Path(__file__).parent.parent / "cluster_configs").glob("*.yaml"))

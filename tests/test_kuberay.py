@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from deployments.local import load_config
+from deployments.cluster_file import load_config
 from tetriserve.cache import cache_folder
 
 ROOT = Path(__file__).parents[1]

@@ -65,7 +65,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def profile(options: argparse.Namespace) -> int:
     from deployments.cell.profiling import run
-    from deployments.local import check_machine, load_config
+    from deployments.cluster_file import check_machine, load_config
 
     if options.from_live is not None:
         from tetriserve.client import live_profile

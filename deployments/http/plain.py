@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import config
 
+from deployments.router import Router
 from tetriserve.errors import InvalidRequest
 
 
@@ -27,6 +28,21 @@ def take_offers_as_requests() -> list[Any]:
     """
     config.HTTP_PROTOCOLS["auto"] = config.HTTP_PROTOCOLS["h11"]
     return []
+
+
+class Counted:
+    """Counts the requests that are being answered, for `Router.drain`."""
+
+    def __init__(self, app: ASGIApp, router: Router) -> None:
+        self._app, self._router = app, router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        one = int(scope["type"] == "http")  # and not the life of the whole app
+        self._router.answering += one
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._router.answering -= one
 
 
 class HeadAsGet:

@@ -40,7 +40,7 @@ from deployments.http.chat import chat_response, parse_chat
 from deployments.http.events import EventResponse, events, newest
 from deployments.http.keys import check_key
 from deployments.http.pictures import Picture, encode_image
-from deployments.http.plain import HeadAsGet, read_body
+from deployments.http.plain import Counted, HeadAsGet, read_body
 from deployments.router import Router, as_tetriserve_error, translate, why_not_ready
 from tetriserve import __version__
 from tetriserve.errors import GenerationFailed, InvalidRequest, NotFound, NotReady, TetriserveError
@@ -412,6 +412,7 @@ def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]
         "/health", endpoints.get_health, methods=["GET"], response_model=None, responses=answers.HEALTH
     )
     app.add_middleware(HeadAsGet)
+    app.add_middleware(Counted, router=router)
     if origins := router.args.http.cors_allow_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -15,8 +15,9 @@ from http_app import PICTURE, URL, Cell, ask, check_error, ingress, listening, p
 from ray._common.utils import import_attr
 from uvicorn import config
 
+from deployments.cluster_file import check_port
 from deployments.config import AppArgs
-from deployments.local import PROXY_CALLBACK, check_port
+from deployments.local import PROXY_CALLBACK
 from tetriserve.errors import ConfigError, GenerationFailed
 
 BODY = json.dumps(PICTURE).encode()
