@@ -325,6 +325,7 @@ def test_pictures_behind_urls_outlive_the_front_that_gave_them(lab: Lab) -> None
     assert again["url"] != item["url"]
 
 
+@pytest.mark.long
 def test_a_scheduler_that_stands_still_while_its_cell_starts(tmp_path: Path) -> None:
     """Serve does not look at a cell that is starting; the cell does."""
     config = write_config(tmp_path, PROFILE)
