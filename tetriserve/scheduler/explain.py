@@ -99,8 +99,7 @@ def explain(
     limit_s = math.inf if slo_s is None else slo_s
     explained = []
     left, free_s, untold = steps, 0.0, sorted(lost, key=lambda one: one.noticed_s)
-    last_start_s = -math.inf
-    end_s: float | None
+    passed = next((ran for ran in schedule if ran.start_s - arrival_s > limit_s), None)
     for index, ran in enumerate(schedule):
         start_s, seconds, degree = ran.start_s - arrival_s, ran.end_s - ran.start_s, len(ran.gpus)
         before = []
@@ -111,9 +110,9 @@ def explain(
         while untold and untold[0].noticed_s <= ran.start_s:
             again = untold.pop(0)
             before.append(f"{again.steps} {'step' if again.steps == 1 else 'steps'} of {again.kind} lost")
-        if start_s > limit_s >= last_start_s:
+        if ran is passed:
             before.append(f"{_s(start_s - limit_s)} s past its deadline")
-        last_start_s, end_s = start_s, None
+        end_s: float | None = None
         if ran.kind == "denoise":
             options = choices(planned, left, start_s)
             if any(len(later.gpus) > degree for later in schedule[index + 1 :]):

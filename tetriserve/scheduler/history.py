@@ -171,15 +171,7 @@ class History:
         newest = itertools.islice(reversed(self._runs), BOARD_RUNS)
         past = [run for run in newest if run.execution.end_s > now_s - seconds]
         older = len(self._runs) - BOARD_RUNS if len(past) == BOARD_RUNS else 0
-        past.reverse()
-        for narrow_s in (
-            SEAM * finest_s,
-            8 * SEAM * finest_s,
-            math.inf,
-        ):  # ranges as they were, as far as there is room
-            merged = self._merged(past, "done", finest_s, narrow_s, now_s, owner)
-            if len(merged) <= SHOWN_RANGES:
-                break
+        merged = self._merged(reversed(past), "done", finest_s, now_s, owner)
         wide = [row for row in merged if row["end_s"] - row["start_s"] >= finest_s]
         ranges = wide[-SHOWN_RANGES:]
         whole_from_s = max(-seconds, self._start_s - now_s)
@@ -187,7 +179,7 @@ class History:
             whole_from_s = max(whole_from_s, ranges[0]["start_s"])
         for run in ahead:
             state = "running" if run.execution.start_s < now_s else "planned"
-            ranges += self._merged([run], state, finest_s, math.inf, now_s, owner)
+            ranges += self._merged([run], state, finest_s, now_s, owner)
         opened = {i: request for i, request in self._requests.items() if request.outcome == "open"}
         shown = [r for r in opened.values() if owner in (None, r.client)]
         labels = {row["request"] for row in ranges} - {r.label for r in shown}
@@ -243,34 +235,46 @@ class History:
         return request if request is not None and owner in (None, request.client) else None
 
     def _merged(
-        self, runs: Iterable[Run], state: str, gap_s: float, narrow_s: float, now_s: float, owner: str | None
+        self, runs: Iterable[Run], state: str, finest_s: float, now_s: float, owner: str | None
     ) -> list[dict[str, Any]]:
         """Rows of the board in order of their start, each with how many ranges it stands for.
 
-        Neighbours of one request on the same GPUs are one row where either is narrower than `narrow_s`; those of a
-        request that is not shown are so always.
+        Neighbours of one request on the same GPUs are one row where either is narrow, as narrow as it takes for the
+        rows to find room; those of a request that is not shown are so always.
         """
-        rows: list[dict[str, Any]] = []
-        last: dict[tuple[object, ...], dict[str, Any]] = {}
-        last_width_s: dict[tuple[object, ...], float] = {}
+        seen = []
+        last: dict[tuple[object, ...], tuple[float, float]] = {}
         for request_id, execution in sorted(runs, key=lambda run: run.execution.start_s):
             request = self._seen(request_id, owner)
             kind = execution.kind if request else BUSY
             start_s, end_s = round(execution.start_s - now_s, 3), round(execution.end_s - now_s, 3)
             key = (request_id if request else None, kind, execution.gpus)
-            row, width_s = last.get(key), end_s - start_s
-            narrower_s = min(width_s, last_width_s.get(key, math.inf))
-            last_width_s[key] = width_s
-            if row is not None and start_s - row["end_s"] <= gap_s and (not request or narrower_s < narrow_s):
+            before_s, before_width_s = last.get(key, (-math.inf, 0.0))
+            last[key] = max(before_s, end_s), end_s - start_s
+            seam_s = math.inf  # joined to the one before where less than this is narrow
+            if start_s - before_s <= finest_s:
+                seam_s = min(end_s - start_s, before_width_s) if request else 0.0
+            seen.append((execution, request, key, start_s, end_s, seam_s))
+        fits = (
+            narrow_s
+            for narrow_s in (SEAM * finest_s, 8 * SEAM * finest_s)
+            if sum(seam_s >= narrow_s for *_, seam_s in seen) <= SHOWN_RANGES
+        )
+        narrow_s = next(fits, math.inf)
+        rows: list[dict[str, Any]] = []
+        open_rows: dict[tuple[object, ...], dict[str, Any]] = {}
+        for execution, request, key, start_s, end_s, seam_s in seen:
+            if seam_s < narrow_s:
+                row = open_rows[key]
                 row["end_s"] = max(row["end_s"], end_s)
                 row["steps"] += execution.steps if request else 0
                 row["ranges"] += 1 if request else 0
                 continue
-            last[key] = row = {
+            open_rows[key] = row = {
                 "request": request.label if request else None,
                 "colour": request.colour if request else None,
                 "late": request is not None and request.is_late(now_s),
-                "kind": kind,
+                "kind": key[1],
                 "steps": execution.steps if request else 0,
                 "ranges": 1 if request else 0,
                 "gpus": runs_of(execution.gpus),
