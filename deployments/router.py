@@ -9,7 +9,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from logging import DEBUG, INFO, WARNING
 from typing import Any
@@ -30,6 +30,7 @@ from tetriserve.errors import (
     NotReady,
     Overloaded,
     TetriserveError,
+    first_line,
 )
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
@@ -175,32 +176,35 @@ class Router:
 
     async def statuses(self) -> list[CellStatus]:
         """Every cell that answers. Raises `NotReady` if no cell runs or none answers in time."""
+        with self._blaming_memory():
+            try:
+                try:
+                    answers = await self._cell.broadcast("status").results_async(
+                        timeout_s=STATUS_TIMEOUT_S / 2, return_exceptions=True
+                    )
+                except TimeoutError:
+                    # one silent cell hides the answers of the others; Ray Serve's routing avoids it
+                    answers = [await asyncio.wait_for(self._cell.status.remote(), STATUS_TIMEOUT_S / 2)]
+            except asyncio.TimeoutError:
+                raise NotReady(f"no cell answers within {STATUS_TIMEOUT_S:g} s") from None
+            except Exception as error:
+                raise _unanswered(error) from error
+        return [answer for answer in answers if isinstance(answer, CellStatus)]
+
+    @contextlib.contextmanager
+    def _blaming_memory(self) -> Iterator[None]:
+        """A `NotReady` from inside also says so where memory is the likely reason."""
         try:
-            return await self._statuses()
+            yield
         except NotReady as error:
             raise NotReady(f"{error.message}{self._memory.shortage()}", error.retry_after_s) from error
-
-    async def _statuses(self) -> list[CellStatus]:
-        try:
-            try:
-                answers = await self._cell.broadcast("status").results_async(
-                    timeout_s=STATUS_TIMEOUT_S / 2, return_exceptions=True
-                )
-            except TimeoutError:
-                # one silent cell hides the answers of the others; Ray Serve's routing avoids it
-                answers = [await asyncio.wait_for(self._cell.status.remote(), STATUS_TIMEOUT_S / 2)]
-        except asyncio.TimeoutError:
-            raise NotReady(f"no cell answers within {STATUS_TIMEOUT_S:g} s") from None
-        except Exception as error:
-            raise _unanswered(error) from error
-        return [answer for answer in answers if isinstance(answer, CellStatus)]
 
     async def model_info(self) -> ModelInfo:
         """The served model; asked once. Raises `NotReady` while no cell has loaded it."""
         if self._info is not None:
             return self._info
-        loading = f"the model is still loading{self._memory.shortage()}"
-        info: ModelInfo = await self._ask_one("model_info", loading)
+        with self._blaming_memory():
+            info: ModelInfo = await self._ask_one("model_info", "the model is still loading")
         self._info = info
         return info
 
@@ -331,5 +335,4 @@ def as_tetriserve_error(error: BaseException) -> TetriserveError:
     for candidate in (getattr(error, "cause", None), error):
         if isinstance(candidate, TetriserveError):
             return candidate
-    first_line = str(error).strip().split("\n", 1)[0]
-    return GenerationFailed(f"{type(error).__name__}: {first_line}")
+    return GenerationFailed(f"{type(error).__name__}: {first_line(error)}")

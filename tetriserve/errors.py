@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says: Ray's and torch's go on for pages."""
+    return str(error).strip().split("\n", 1)[0]
+
+
 class TetriserveError(Exception):
     """Base class. `code` is the machine-readable code of the HTTP error body."""
 

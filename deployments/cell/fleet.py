@@ -13,14 +13,14 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deployments.cell.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo, first_line
+from deployments.cell.replica import CONTROL, THREADS, GPUReplica, ReplicaInfo
 from deployments.config import AppArgs
 from deployments.logs import LogForm, logger
 from deployments.memory import HostMemory
 from deployments.progress import note, session_folder
 from solver.placement import gpu_sets, group_sets
 from tetriserve.engine.report import GivenUp
-from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory
+from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory, first_line
 from tetriserve.profile import Profile
 from tetriserve.request import ModelInfo, Shape
 
@@ -148,7 +148,7 @@ class Fleet:
                 # what the constructor itself raises it will raise again
                 if getattr(error, "actor_init_failed", False):
                     raise
-                why = f"GPU replica {gpu} did not start: {first_line(error)}{self.memory.shortage()}"
+                why = f"GPU replica {gpu} did not start: {first_line(error).rstrip('.')}{self.memory.shortage()}"
                 if not tries:
                     raise GenerationFailed(why) from error
                 logger.error("%s", why)

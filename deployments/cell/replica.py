@@ -25,7 +25,7 @@ from deployments.logs import LogForm, guard_prompts, log_request, logger, quotes
 from deployments.progress import note
 from tetriserve.engine.environment import set_environment
 from tetriserve.engine.report import GivenUp
-from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory
+from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory, first_line
 from tetriserve.request import GenerateRequest, ModelInfo, Shape
 from tetriserve.scheduler.assignment import Assignment
 
@@ -125,10 +125,6 @@ def boxed(reference: Any) -> Boxed:
 
 def _unboxed(box: Boxed) -> Any:
     return None if box is None else ray.get(box[0])
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0].rstrip(".")
 
 
 def _log_failed(future: Future[Any]) -> None:
@@ -344,38 +340,43 @@ class GPUReplica:
             group = engine.groups.group(assignment.gpus, assignment.seq)
             if missing:
                 raise GivenUp(missing)
-            try:
-                with unquoted():
-                    made = PHASES[assignment.kind].run(engine, assignment, request, *held)
-            except Exception as error:
-                if request is not None and quotes(str(error), request.prompt, request.negative_prompt):
-                    kind = type(error).__name__
-                    raise GenerationFailed(
-                        f"{kind} in {assignment.kind}, its text quotes the request"
-                    ) from None
-                raise
+            with unquoted():
+                made = PHASES[assignment.kind].run(engine, assignment, request, *held)
             if group is not None:
                 group.agree(self._device)
             return made if place == 0 else made[0]
 
+        said = () if request is None else (request.prompt, request.negative_prompt)
+
         def call() -> Any:
             return self._or_abandon(
-                advance, request_id, assignment.gpus, assignment.seq, name, f"{assignment}"
+                advance, request_id, assignment.gpus, assignment.seq, name, f"{assignment}", said
             )
 
         return self._order.run_after(assignment.after[place], assignment.seq, call)
 
     def _or_abandon(
-        self, call: Callable[[], Any], request_id: str, gpus: tuple[int, ...], seq: int, name: str, what: str
+        self,
+        call: Callable[[], Any],
+        request_id: str,
+        gpus: tuple[int, ...],
+        seq: int,
+        name: str,
+        what: str,
+        said: tuple[str | None, ...] = (),
     ) -> Any:
-        """`call`, and when it fails nothing of its request or group stays here. Logs of `name` that `what` failed."""
+        """`call`, and when it fails nothing of its request or group stays here. Logs of `name` that `what` failed, and
+        nothing that has the client's words, `said`, in it."""
         from tetriserve.engine.engine import is_out_of_memory
 
         try:
             return call()
         except Exception as error:
-            failure = OutOfMemory(first_line(error)) if is_out_of_memory(error) else error
-            own = None if isinstance(error, GivenUp) else error
+            failure, own = error, None if isinstance(error, GivenUp) else error
+            if is_out_of_memory(error):
+                failure = OutOfMemory(first_line(error))
+            elif own is not None and quotes(str(error), *said):
+                failure, own = GenerationFailed(f"{type(error).__name__}, its text quotes the request"), None
             log_request(WARNING, name, "failed in %s: %s", what, type(error).__name__, error=own)
         # only here the traceback is gone that holds the tensors of the failed step
         try:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
-from deployments.cell.replica import PlanOrder
+from deployments.cell.replica import GPUReplica, PlanOrder
+from tetriserve.errors import GenerationFailed, OutOfMemory
 
 
 def fail() -> None:
@@ -70,3 +72,26 @@ def test_a_priority_that_may_not_be_had_stops_nobody(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("os.setpriority", refuse)
     assert PlanOrder(niceness=19, dies=print).run(lambda: 5) == 5
+
+
+@pytest.mark.parametrize(
+    ("says", "failure", "text"),
+    [
+        ("no such token: xylograph", GenerationFailed, "ValueError, its text quotes the request"),
+        ("no such token", ValueError, "no such token"),
+        ("CUDA out of memory", OutOfMemory, "CUDA out of memory"),  # whatever the prompt is about
+    ],
+)
+def test_an_error_that_quotes_the_prompt_is_not_told(
+    says: str, failure: type[Exception], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica, dropped = GPUReplica.__new__(GPUReplica), list[str]()
+    replica._engine = SimpleNamespace(abandon=lambda request_id, *_: dropped.append(request_id))
+
+    def encode() -> None:
+        raise RuntimeError(says) if failure is OutOfMemory else ValueError(says)
+
+    with pytest.raises(failure) as caught:
+        replica._or_abandon(encode, "r", (0,), 0, "r", "encode", ("Xylograph in memory", None))
+    assert (type(caught.value), str(caught.value), dropped) == (failure, text, ["r"])
+    assert "xylograph" not in caplog.text.lower()
