@@ -171,7 +171,6 @@ class Entry:
             for gpus, ranges in itertools.groupby(denoise, key=lambda e: e.gpus)
         ]
         assert self.request.seed is not None
-        is_guided = model.guided(self.request)
         metrics = Metrics(
             queue_s=max(0.0, total_s - sum(seconds.values())),
             encode_s=seconds["encode"],
@@ -190,7 +189,8 @@ class Entry:
             peak_memory_bytes=self.peak_memory_bytes,
             predicted_s=self.predicted_s,
             degraded=model.degraded,
-            ignored=("negative_prompt",) if self.request.negative_prompt and not is_guided else (),
+            ignored=("negative_prompt",)
+            * bool(self.request.negative_prompt and not model.guided(self.request)),
         )
         return GenerateResult(self.name, image, time.time(), model.name, metrics)
 

@@ -17,6 +17,20 @@ OF_CHATS = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "stop
 """Clients send them with every chat; none is about pictures."""
 
 
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array"]}},
+}
+_OF_PICTURES = {k: v for k, v in ImageRequest.model_json_schema()["properties"].items() if k != "prompt"}
+CHAT_SCHEMA = {
+    "type": "object",
+    "required": ["messages"],
+    "properties": {"messages": {"type": "array", "minItems": 1, "items": _MESSAGE}, **_OF_PICTURES},
+}
+"""Of the body, for the OpenAPI document."""
+
+
 def parse_chat(body: bytes, http: HTTPArgs) -> ImageRequest:
     """The request for pictures in a chat; its fields are those of `ImageRequest`. Raises `InvalidRequest` naming the
     first wrong one."""

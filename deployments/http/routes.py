@@ -36,7 +36,7 @@ from deployments.http.bodies import (
     picture_ids,
     result_headers,
 )
-from deployments.http.chat import chat_response, parse_chat
+from deployments.http.chat import CHAT_SCHEMA, chat_response, parse_chat
 from deployments.http.events import EventResponse, events, newest
 from deployments.http.keys import check_key
 from deployments.http.pictures import Picture, encode_image
@@ -75,29 +75,6 @@ HTTP_CODES = {
     405: "method_not_allowed",
     413: "body_too_large",
     415: "unsupported_media_type",
-}
-
-
-_MESSAGE = {
-    "type": "object",
-    "required": ["role", "content"],
-    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array"]}},
-}
-_OF_PICTURES = {k: v for k, v in ImageRequest.model_json_schema()["properties"].items() if k != "prompt"}
-CHAT_BODY = {
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["messages"],
-                "properties": {
-                    "messages": {"type": "array", "minItems": 1, "items": _MESSAGE},
-                    **_OF_PICTURES,
-                },
-            }
-        }
-    },
-    "required": True,
 }
 
 
@@ -175,12 +152,18 @@ class Endpoints:
         """The results as they leave now, and the slowest of them."""
         last = max(results, key=lambda result: result.created_s)
         left = [
-            _with_ignored(
-                self._router.answered(result, one, request.output_format, is_last=result is last), request
-            )
+            self._answered(request, one, result, is_last=result is last)
             for result, one in zip(results, requests, strict=True)
         ]
         return left, max(left, key=lambda result: result.metrics.total_s)
+
+    def _answered(
+        self, request: ImageRequest, one: GenerateRequest, result: GenerateResult, *, is_last: bool = True
+    ) -> GenerateResult:
+        """A result as it leaves here now, with all that changed nothing."""
+        result = self._router.answered(result, one, request.output_format, is_last=is_last)
+        ignored = (*result.metrics.ignored, *request.ignored)
+        return dataclasses.replace(result, metrics=dataclasses.replace(result.metrics, ignored=ignored))
 
     async def _streamed_images(
         self, request: ImageRequest, response_id: str, requests: list[GenerateRequest]
@@ -196,8 +179,7 @@ class Endpoints:
         headers = generation_headers(response_id, seconds)
 
         def answered(picture: int, result: GenerateResult) -> GenerateResult:
-            one = self._router.answered(result, requests[picture], request.output_format)
-            return _with_ignored(one, request)
+            return self._answered(request, requests[picture], result)
 
         body = events(request, response_id, requests, first, news, answered)
         return EventResponse(news, body, headers)
@@ -348,16 +330,20 @@ def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]
     keyed = [Depends(endpoints.authorize)]
     if endpoints.has_keys:  # only to say so in the document
         keyed.append(Depends(HTTPBearer(auto_error=False)))
-    schema = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
-    app.add_api_route(
-        "/v1/images/generations",
-        endpoints.post_images,
-        methods=["POST"],
-        response_model=None,
-        openapi_extra={"requestBody": schema, "parameters": [IDEMPOTENCY_KEY]},
-        dependencies=keyed,
-        responses=answers.IMAGES,
-    )
+    for path, post, schema, responses in (
+        ("/v1/images/generations", endpoints.post_images, ImageRequest.model_json_schema(), answers.IMAGES),
+        ("/v1/chat/completions", endpoints.post_chat, CHAT_SCHEMA, answers.CHAT),
+    ):
+        body = {"content": {"application/json": {"schema": schema}}, "required": True}
+        app.add_api_route(
+            path,
+            post,
+            methods=["POST"],
+            response_model=None,
+            openapi_extra={"requestBody": body, "parameters": [IDEMPOTENCY_KEY]},
+            dependencies=keyed,
+            responses=responses,
+        )
     app.add_api_route(
         "/v1/images/generations",
         endpoints.delete_images,
@@ -366,15 +352,6 @@ def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]
         openapi_extra={"parameters": [IDEMPOTENCY_KEY | {"required": True}]},
         dependencies=keyed,
         responses=answers.DELETED,
-    )
-    app.add_api_route(
-        "/v1/chat/completions",
-        endpoints.post_chat,
-        methods=["POST"],
-        response_model=None,
-        openapi_extra={"requestBody": CHAT_BODY, "parameters": [IDEMPOTENCY_KEY]},
-        dependencies=keyed,
-        responses=answers.CHAT,
     )
     for path, endpoint, responses in (
         ("/v1/models", endpoints.get_models, answers.MODELS),
@@ -426,11 +403,6 @@ def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
     return app
-
-
-def _with_ignored(result: GenerateResult, request: ImageRequest) -> GenerateResult:
-    ignored = (*result.metrics.ignored, *request.ignored)
-    return dataclasses.replace(result, metrics=dataclasses.replace(result.metrics, ignored=ignored))
 
 
 async def _on_error(http: Request, error: Exception) -> JSONResponse:
