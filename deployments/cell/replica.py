@@ -365,8 +365,8 @@ class GPUReplica:
         what: str,
         said: tuple[str | None, ...] = (),
     ) -> Any:
-        """`call`, and when it fails nothing of its request or group stays here. Logs of `name` that `what` failed, and
-        nothing that has the client's words, `said`, in it."""
+        """`call`, and when it fails nothing of its request or group stays here. Logs of `name` that `what`
+        failed, but no text that has words of the client, `said`, in it."""
         from tetriserve.engine.engine import is_out_of_memory
 
         try:
