@@ -236,6 +236,13 @@ class HTTPArgs(_Section):
         "b64_json", description="Of requests that do not say."
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Larger bodies are answered 413.")
+    max_upload_bytes: int = Field(
+        64 << 20, ge=1024, description="The same for bodies with pictures in them; they are held in memory."
+    )
+    max_images: int = Field(4, ge=1, le=16, description="Pictures that may be sent to be edited at once.")
+    max_image_pixels: int = Field(
+        4096 * 4096, ge=64 * 64, description="Of each; larger ones are refused before they are unpacked."
+    )
     max_n: int = Field(10, ge=1, le=10, description="Largest `n` of one request.")
     public_url: str | None = Field(
         None,

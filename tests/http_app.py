@@ -177,7 +177,7 @@ class Cell:
 
     async def _generate(self, request: GenerateRequest) -> GenerateResult:
         self.requests.append(request)
-        INFO.check(request)
+        self.info.check(request)
         if self.losses:
             raise self.losses.pop(0)
         slow = self.delay_s * len(self.requests)

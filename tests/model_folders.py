@@ -16,9 +16,12 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -31,6 +34,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from small_processor import SmallProcessor
 from tokenizers import pre_tokenizers
 from transformers import (
     ByT5Tokenizer,
@@ -41,6 +45,7 @@ from transformers import (
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -66,6 +71,13 @@ def tiny_flux(folder: Path, *, guidance_embeds: bool = True, heads: int = 4) -> 
         guidance_embeds=guidance_embeds,
         vae_channels=VAE_CHANNELS,
     )
+    return folder
+
+
+def tiny_kontext(folder: Path) -> Path:
+    """FLUX.1 Kontext: FLUX.1 dev's parts in another pipeline."""
+    parts = FluxPipeline.from_pretrained(tiny_flux(folder)).components
+    FluxKontextPipeline(**parts).save_pretrained(folder, safe_serialization=True)
     return folder
 
 
@@ -121,9 +133,9 @@ CHAT = (
 )
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """A token for each byte."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """A token for each byte, and `more`."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
     symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Qwen2Tokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
@@ -253,8 +265,30 @@ def qwen25_text(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
 
 
 def tiny_qwen_image(folder: Path) -> Path:
+    QwenImagePipeline(**qwen_image_parts(qwen_tokenizer())).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_qwen_image_edit(folder: Path, *, plus: bool = False) -> Path:
+    """With a text encoder that sees pictures; `plus` for the later ones (2509, 2511)."""
+    special = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+    tokenizer = qwen_tokenizer(*special)
+    start, image, end = tokenizer.convert_tokens_to_ids(special)
+    parts = qwen_image_parts(
+        tokenizer,
+        image_token_id=image,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        video_token_id=0,
+    )
+    processor = SmallProcessor(tokenizer, Qwen2VLImageProcessorPil())
+    pipeline_class = QwenImageEditPlusPipeline if plus else QwenImageEditPipeline
+    pipeline_class(**parts, processor=processor).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def qwen_image_parts(tokenizer: Qwen2Tokenizer, **of_text_encoder: Any) -> dict[str, Any]:
     torch.manual_seed(0)
-    tokenizer = qwen_tokenizer()
     text = qwen25_text(tokenizer)
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     transformer = QwenImageTransformer2DModel(
@@ -266,24 +300,23 @@ def tiny_qwen_image(folder: Path) -> Path:
         joint_attention_dim=32,
         axes_dims_rope=(4, 4, 4),
     )
-    QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
-        vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=16,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.1] * 16,
-            latents_std=[1.5] * 16,
-        ),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-        ),
-        tokenizer=tokenizer,
-        transformer=transformer,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * 16,
+        latents_std=[1.5] * 16,
+    )
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **of_text_encoder)
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+        "vae": vae,
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+        "tokenizer": tokenizer,
+        "transformer": transformer,
+    }
 
 
 def tiny_wan(folder: Path, *, experts: bool = False, per_token: bool = False) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import small_processor  # noqa: F401  (diffusers loads a part only from a module that is imported)
 import torch
 import torch.multiprocessing as mp
 

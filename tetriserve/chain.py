@@ -5,13 +5,18 @@ Written once, for the server, the simulator, `explain` and the bound.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from solver.problem import Phase
 from tetriserve.request import Shape
 
-STAGES: Mapping[str, str] = {"encode": "encoder", "denoise": "transformer", "decode": "vae"}
+STAGES: Mapping[str, str] = {
+    "encode": "encoder",
+    "encode_image": "vae",
+    "denoise": "transformer",
+    "decode": "vae",
+}
 """By kind of phase, the stage of its model that it runs on."""
 
 
@@ -26,6 +31,8 @@ class Times(Protocol):
 
     def encode_s(self, shape: Shape) -> float: ...
 
+    def encode_image_s(self, shape: Shape) -> float: ...
+
     def decode_s(self, shape: Shape) -> float: ...
 
 
@@ -35,18 +42,27 @@ def component_of(model: str, kind: str) -> str:
 
 
 def chain_of(
-    times: Times, shape: Shape, steps: int, degrees: Collection[int], *, cost: float = 1.0
+    times: Times,
+    shape: Shape,
+    steps: int,
+    degrees: Collection[int],
+    *,
+    cost: float = 1.0,
+    step_shape: Shape | None = None,
+    images: Sequence[Shape] = (),
 ) -> tuple[Phase, ...]:
-    """encode -> denoise -> decode.
+    """encode -> encode_image, where there are pictures -> denoise -> decode.
 
     Args:
         degrees: those that the denoising steps of this shape may run at; the profile may know fewer.
         cost: of a step, in steps of the profile (guidance evaluates the model twice).
+        step_shape: whose steps take as long, where it is not `shape`.
+        images: pictures that go in.
     """
-    step_s = {degree: cost * t for degree, t in times.step_s(shape).items() if degree in degrees}
-    rows = (
-        ("encode", 1, {1: times.encode_s(shape)}),
-        ("denoise", steps, step_s),
-        ("decode", 1, {1: times.decode_s(shape)}),
-    )
+    of_steps = times.step_s(shape if step_shape is None else step_shape)
+    step_s = {degree: cost * t for degree, t in of_steps.items() if degree in degrees}
+    rows = [("encode", 1, {1: times.encode_s(shape)})]
+    if images:
+        rows.append(("encode_image", 1, {1: sum(map(times.encode_image_s, images))}))
+    rows += [("denoise", steps, step_s), ("decode", 1, {1: times.decode_s(shape)})]
     return tuple(Phase(kind, n, table, component_of(times.model, kind)) for kind, n, table in rows)

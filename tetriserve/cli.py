@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import math
 import os
 import re
@@ -45,7 +46,8 @@ def generate(options: argparse.Namespace) -> int:
             raise ConfigError(f"{option} {file}: no such folder: {file.parent}")
     body = {
         "prompt": options.prompt,
-        "size": options.size,
+        "size": options.size or (None if options.image else "1024x1024"),
+        "strength": options.strength,
         "n": options.n,
         "num_inference_steps": options.steps,
         "seed": options.seed,
@@ -54,6 +56,8 @@ def generate(options: argparse.Namespace) -> int:
         "slo_ms": None if options.slo is None else options.slo * 1000,
     }
     present = {name: value for name, value in body.items() if value is not None}
+    if options.image:
+        present["image"] = [_data_url(file) for file in options.image]
     explain = None
     if options.verbose:
         from tetriserve.scheduler.explain import of_metrics  # brings numpy along
@@ -61,6 +65,20 @@ def generate(options: argparse.Namespace) -> int:
         explain = of_metrics
     print("\n".join(generate(options.url, present, out, preview, explain=explain)))
     return 0
+
+
+def _data_url(file: Path) -> str:
+    """Of a picture for `--image`."""
+    from tetriserve.client import FORMATS
+
+    kind = FORMATS.get(file.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"--image {file}: the suffix must be one of {', '.join(FORMATS)}")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--image {file}: {error.strerror}") from None
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def profile(options: argparse.Namespace) -> int:
@@ -274,7 +292,13 @@ def _parser() -> argparse.ArgumentParser:
         'tetriserve generate "a red circle" --size 512x512 --slo 5 --out circle.png',
     )
     sub.add_argument("prompt")
-    sub.add_argument("--size", type=_size, default="1024x1024", help="WIDTHxHEIGHT (default: %(default)s)")
+    sub.add_argument("--size", type=_size, help="WIDTHxHEIGHT (default: 1024x1024, or like --image)")
+    sub.add_argument(
+        "--image", type=Path, action="append", metavar="FILE", help="a picture to edit; may be repeated"
+    )
+    sub.add_argument(
+        "--strength", type=_finite, help="how much of --image is made anew, up to 1 (default: the model's)"
+    )
     sub.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     sub.add_argument("--seed", type=int, help="of the first picture; the next ones count up")
     sub.add_argument("--guidance", type=_finite, help="guidance scale (default: the model's)")

@@ -60,7 +60,8 @@ def generate(
 
     Args:
         url: base URL, without /v1.
-        body: of `POST /v1/images/generations`, without `output_format` and what concerns the stream.
+        body: of `POST /v1/images/generations`, or with `image` of `POST /v1/images/edits`, without `output_format`
+            and what concerns the stream.
         out: file of the picture; several pictures get "-0", "-1", ... before the suffix, which must be one
             of `FORMATS`.
         preview: file that each preview is written to as it comes, named in the same way; of the same format as `out`.
@@ -83,11 +84,12 @@ def generate(
             bar.n = sum(steps_done)
             finish_s = event["predicted_finish_s"]
             bar.set_postfix_str("" if finish_s is None else f"done in about {finish_s:.1f} s")
-            if event["type"] == "image_generation.progress":
+            kind = event["type"].partition(".")[2]
+            if kind == "progress":
                 bar.set_description(event["phase"])
-            elif event["type"] == "image_generation.partial_image" and preview is not None:
+            elif kind == "partial_image" and preview is not None:
                 _write(_numbered(preview, picture, n), event)
-            elif event["type"] == "image_generation.completed":
+            elif kind == "completed":
                 file = _numbered(out, picture, n)
                 _write(file, event)
                 elapsed_s = time.monotonic() - start_s
@@ -138,7 +140,8 @@ def live_profile(url: str) -> Profile:
 
 def _events(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The events of a streamed generation."""
-    with _answer("POST", url, "/v1/images/generations", body) as response:
+    route = "/v1/images/edits" if "image" in body else "/v1/images/generations"
+    with _answer("POST", url, route, body) as response:
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
             raise ServerError(f"{url} is not a tetriserve server")
         for line in response.iter_lines():

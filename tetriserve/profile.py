@@ -16,7 +16,8 @@ from tetriserve.request import Shape
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of one denoising step, by shape and degree, batch 1; encode and decode seconds on one GPU.
+    """Seconds of one denoising step, by shape and degree, batch 1; encode and decode seconds on one GPU, of text and
+    pictures.
 
     Attributes:
         step_seconds: measured or published values only; `step_s` fills the rest by interpolation.
@@ -29,6 +30,7 @@ class Profile:
     step_seconds: Mapping[Shape, Mapping[int, float]]
     encode_seconds: Mapping[Shape, float] = field(default_factory=dict)
     decode_seconds: Mapping[Shape, float] = field(default_factory=dict)
+    encode_image_seconds: Mapping[Shape, float] = field(default_factory=dict)
 
     def step_s(self, shape: Shape) -> dict[int, float]:
         """Seconds of one step at each degree; interpolated on pixels where the shape is not listed."""
@@ -45,6 +47,11 @@ class Profile:
 
     def decode_s(self, shape: Shape) -> float:
         return _interpolate(self.decode_seconds, shape) if self.decode_seconds else 0.0
+
+    def encode_image_s(self, shape: Shape) -> float:
+        """Of one picture through the VAE; not measured, it takes as long as the way back."""
+        known = self.encode_image_seconds
+        return _interpolate(known, shape) if known else self.decode_s(shape)
 
     def interpolates(self, shape: Shape) -> bool:
         """Whether the times of a shape are filled in between (or beyond) the listed ones."""
@@ -65,7 +72,7 @@ class Profile:
                 for shape, times in sorted(self.step_seconds.items(), key=lambda item: item[0].pixels)
             },
         }
-        for key in ("encode_seconds", "decode_seconds"):
+        for key in ("encode_seconds", "encode_image_seconds", "decode_seconds"):
             table: Mapping[Shape, float] = getattr(self, key)
             if table:
                 body[key] = {str(s): round(t, 6) for s, t in sorted(table.items(), key=lambda i: i[0].pixels)}
@@ -114,6 +121,7 @@ class Profile:
             step_seconds=tables,
             encode_seconds=_table(body.get("encode_seconds")),
             decode_seconds=_table(body.get("decode_seconds")),
+            encode_image_seconds=_table(body.get("encode_image_seconds")),
         )
 
 

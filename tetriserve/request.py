@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tetriserve.errors import InvalidRequest
+from tetriserve.images import MAX_REFERENCE_ASPECT, MIN_REFERENCE_SIDE, NO_EDITING, Editing, InputImage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +63,8 @@ class GenerateRequest:
         guidance_scale_2: of models whose second transformer takes over at low noise (Wan 2.2); the default is
             `guidance_scale` where that is given.
         lora: name of a configured LoRA, with `lora_scale` times its weights; None for the model without any.
+        images: to be edited, PIL images or arrays uint8 [height, width, 3]; kept as `InputImage`.
+        strength: how much of the picture is made anew, above 0 and up to 1, by models that start from it.
         request_id: made by the server when None; must be unique among open requests.
         repeatable: the caller may send it again under the same `request_id`, and gets the same result while it is
             open and for some minutes after.
@@ -94,14 +98,27 @@ class GenerateRequest:
     guidance_scale_2: float | None = None
     lora: str | None = None
     lora_scale: float = 1.0
+    images: Sequence[Any] = ()
+    strength: float | None = None
     client: str | None = field(default=None, repr=False)
     arrived_s: float | None = None
     way_back_s: float = 0.0
     attempt: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(map(InputImage.of, self.images)))
+
     @property
     def shape(self) -> Shape:
         return Shape(self.height, self.width, self.num_frames)
+
+    def with_pixels(self, pixels: Iterable[Any]) -> GenerateRequest:
+        """With something else for the pixels of its pictures."""
+        pairs = zip(self.images, pixels, strict=True)
+        return replace(self, images=tuple(replace(image, pixels=one) for image, one in pairs))
+
+    def without_pixels(self) -> GenerateRequest:
+        return self.with_pixels([None] * len(self.images))
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,7 @@ class ModelInfo:
         default_guidance_scale_2: None for models with one guidance scale.
         loras: names that a request may choose from.
         degraded: what its pictures lack against the model as published, such as "int8" weights.
+        editing: how it takes pictures.
     """
 
     name: str
@@ -145,6 +163,7 @@ class ModelInfo:
     max_frames: int = 1
     loras: tuple[str, ...] = ()
     degraded: tuple[str, ...] = ()
+    editing: Editing = NO_EDITING
 
     def tokens(self, shape: Shape) -> int:
         """Tokens of a picture or clip, the length that sequence parallelism shards."""
@@ -203,6 +222,53 @@ class ModelInfo:
         """Of a step, in steps of the profile, which is measured without a wish: evaluations of the model."""
         return (1 + self.guided(request)) / (1 + self.guided(GenerateRequest("profile")))
 
+    def steps_of(self, request: GenerateRequest) -> int:
+        """Denoising steps that run: with a picture to start from, the last ones of those asked for."""
+        steps = request.num_inference_steps or self.default_steps
+        if not request.images or self.editing.default_strength is None:
+            return steps
+        strength = self.editing.default_strength if request.strength is None else request.strength
+        # as diffusers rounds it
+        return steps - int(max(steps - min(steps * strength, steps), 0))
+
+    def shapes_in(self, request: GenerateRequest) -> list[Shape]:
+        """The request's pictures as the VAE gets them."""
+        editing = self.editing
+        if editing.default_strength is not None:
+            return [request.shape] * len(request.images)
+        return [
+            Shape(
+                *image.seen(editing.reference_pixels, enlarge=editing.enlarges, multiple=self.size_multiple)
+            )
+            for image in request.images
+        ]
+
+    def step_shape(self, request: GenerateRequest) -> Shape:
+        """A shape whose steps take as long: one that has the tokens of references as further rows."""
+        if not request.images or self.editing.default_strength is not None:
+            return request.shape
+        tokens = sum(map(self.tokens, self.shapes_in(request)))
+        rows = -(-tokens // (request.width // self.token_pixels))
+        return Shape(request.height + rows * self.token_pixels, request.width)
+
+    def shape_like(self, image: InputImage) -> Shape:
+        """The allowed shape nearest to a picture's size and aspect; no larger than it would be as a reference."""
+        multiple, most = self.size_multiple, self.max_pixels
+        if self.editing.default_strength is None:
+            most = min(most, self.editing.reference_pixels)
+        longest = self.max_side // multiple * multiple
+        area = min(max(image.height * image.width, self.min_pixels), most)
+        scale = math.sqrt(area / (image.height * image.width))
+        sides = [
+            min(max(round(side * scale / multiple), 1) * multiple, longest)
+            for side in (image.height, image.width)
+        ]
+        while sides[0] * sides[1] > most:
+            sides[sides.index(max(sides))] -= multiple
+        while sides[0] * sides[1] < self.min_pixels:
+            sides[sides.index(min(sides))] += multiple
+        return Shape(*sides)
+
     def check(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` naming the first field this model cannot serve."""
         if not request.prompt.strip():
@@ -239,6 +305,32 @@ class ModelInfo:
             raise InvalidRequest("slo_s", f"{request.slo_s}, must be a positive number of seconds")
         if request.previews < 0:
             raise InvalidRequest("previews", f"{request.previews}, must not be negative")
+        self._check_images(request)
+
+    def _check_images(self, request: GenerateRequest) -> None:
+        editing, count, strength = self.editing, len(request.images), request.strength
+        if count > editing.max_images:
+            allowed = (
+                f"at most {editing.max_images}" if editing.max_images else "none: it draws from text alone"
+            )
+            raise InvalidRequest("image", f"{count} pictures, {self.name} takes {allowed}")
+        if editing.needs_image and not count:
+            raise InvalidRequest("image", f"required: {self.name} edits pictures")
+        if strength is not None:
+            if editing.default_strength is None:
+                raise InvalidRequest("strength", f"{self.name} has none, it does not start from a picture")
+            if not count:
+                raise InvalidRequest("strength", "needs an image to start from")
+            if not 0 < strength <= 1:
+                raise InvalidRequest("strength", f"{strength}, allowed are numbers above 0 and up to 1")
+        for image in request.images if editing.default_strength is None else ():
+            short, long = sorted((image.height, image.width))
+            if short < MIN_REFERENCE_SIDE or long > MAX_REFERENCE_ASPECT * short:
+                raise InvalidRequest(
+                    "image",
+                    f"{image.width}x{image.height}, allowed are sides of {MIN_REFERENCE_SIDE} and more, one at most "
+                    f"{MAX_REFERENCE_ASPECT} times the other",
+                )
 
 
 class StepRange(NamedTuple):
@@ -277,19 +369,21 @@ class LostRange(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedWith:
-    """What the plans of a request reckon with: seconds of encode, of decode, and of a denoising step at each degree
-    that it may run at."""
+    """What the plans of a request reckon with: seconds of encode, of its text and of its pictures, of decode, and of
+    a denoising step at each degree that it may run at."""
 
     encode_s: float
     step_s: Mapping[int, float]
     decode_s: float
+    encode_image_s: float = 0.0
 
     @classmethod
     def of(cls, phases: Iterable[Phase]) -> PlannedWith:
         """Of a chain in which encode and decode may be missing."""
         step_s = {phase.kind: phase.step_s for phase in phases}
         none = {1: 0.0}
-        return cls(step_s.get("encode", none)[1], dict(step_s["denoise"]), step_s.get("decode", none)[1])
+        encode, decode, image = (step_s.get(kind, none)[1] for kind in ("encode", "decode", "encode_image"))
+        return cls(encode, dict(step_s["denoise"]), decode, image)
 
 
 @dataclass(frozen=True)
@@ -298,6 +392,7 @@ class Metrics:
 
     Attributes:
         queue_s: time from arrival to the first execution, plus pauses between phases and step ranges.
+        encode_s: of the text and of pictures.
         inference_s: from the start of its first execution to the end of its last one.
         steps: neighbouring ranges on the same GPUs in one.
         schedule: every range by itself, encode and decode too.

@@ -40,12 +40,13 @@ class Entry:
         id: the name, "#" and a number: of this run of the request, never used again, for parts of an earlier one
             under the same name, cancelled, may still be in flight.
         asked: the request as it first came.
-        request: with steps filled in.
+        request: with steps filled in; behind its pictures' encoding without their pixels.
+        steps: denoising steps that run.
         callers: the calls that wait for it; when the last one leaves it is given up.
         arrival_s: at the edge, on the scheduler's monotonic clock; `admitted_s` here.
         conditioning: reference to what encode made.
         latents: reference to the latents behind the last range sent out ...
-        committed_latents: ... and behind the last one reported: what is left when a GPU is lost.
+        committed: (conditioning, latents) behind the last one reported: what is left when a GPU is lost.
         aborting: a range was lost; those sent out behind it do not count either.
         touched, knows, holders: GPUs that ever had it, that have its conditioning, its newest latents.
         degree: of its last denoising range; 0 before the first.
@@ -58,6 +59,7 @@ class Entry:
     id: str
     asked: GenerateRequest
     request: GenerateRequest
+    steps: int
     arrival_s: float
     admitted_s: float
     slo_s: float | None
@@ -66,7 +68,7 @@ class Entry:
     callers: set[str] = field(default_factory=set)
     conditioning: Any = None
     latents: Any = None
-    committed_latents: Any = None
+    committed: tuple[Any, Any] = (None, None)
     aborting: bool = False
     last_range: asyncio.Task[None] | None = None
     touched: set[int] = field(default_factory=set)
@@ -92,12 +94,11 @@ class Entry:
 
     def progress(self, finish_s: float, now_s: float) -> Progress:
         """How far it is; `finish_s` is when it is expected to end, infinite when nobody can say."""
-        assert self.request.num_inference_steps is not None
         return Progress(
             self.name,
             self.phase,
             self.steps_done,
-            self.request.num_inference_steps,
+            self.steps,
             predicted_finish_s=finish_s - now_s if finish_s < math.inf else None,
             preview=self.preview,
         )
@@ -111,13 +112,23 @@ class Entry:
     def sent(self, assignment: Assignment, produced: Sequence[Any]) -> None:
         """A range of it is on its way; `produced` are references to what it will leave."""
         self.outstanding += 1
-        if assignment.kind == "encode":
+        if assignment.kind in ("encode", "encode_image"):
             self.conditioning, self.latents = produced
+            self.knows = set()
         elif assignment.kind == "denoise":
             (self.latents,) = produced
         self.touched.update(assignment.gpus)
         self.knows.update(assignment.gpus)
         self.holders = set(assignment.gpus)
+
+    def commit(self, assignment: Assignment, produced: Sequence[Any]) -> None:
+        """A range of it was reported: what it left is there to go on from."""
+        if assignment.kind in ("encode", "encode_image"):
+            self.committed = (produced[0], produced[1])
+        elif assignment.kind == "denoise":
+            self.committed = (self.committed[0], produced[0])
+        if assignment.kind == "encode_image":
+            self.request = self.request.without_pixels()
 
     def record(self, assignment: Assignment, reports: list[Report]) -> None:
         """A range of it was run by all its members."""
@@ -145,11 +156,9 @@ class Entry:
         self.aborting = self.outstanding > 0
         if self.aborting:
             return
-        self.latents = self.committed_latents
+        self.conditioning, self.latents = self.committed
         # what went out with a lost range may not have come anywhere
         self.holders, self.knows = set(), set()
-        if self.latents is None:  # encode itself was lost
-            self.conditioning = None
 
     def past_s(self, total_s: float) -> float | None:
         """Seconds from the deadline to the answer, negative before it, of what ends `total_s` after its arrival: with
@@ -163,7 +172,7 @@ class Entry:
         schedule = self.executions
         seconds = {
             kind: sum(e.end_s - e.start_s for e in schedule if e.kind == kind)
-            for kind in ("encode", "denoise", "decode")
+            for kind in ("encode", "encode_image", "denoise", "decode")
         }
         denoise = (e for e in schedule if e.kind == "denoise")
         steps = [
@@ -173,7 +182,7 @@ class Entry:
         assert self.request.seed is not None
         metrics = Metrics(
             queue_s=max(0.0, total_s - sum(seconds.values())),
-            encode_s=seconds["encode"],
+            encode_s=seconds["encode"] + seconds["encode_image"],
             denoise_s=seconds["denoise"],
             decode_s=seconds["decode"],
             total_s=total_s,

@@ -260,8 +260,9 @@ class Fleet:
                     logger.info("degree %d is not used for %s: %s", degree, shape, reason)
         return pairs
 
-    async def measure(self, shape: Shape, degree: int) -> tuple[float, float | None, float | None]:
-        """Median seconds of (step, encode, decode) with all GPUs busy at this degree, as in service.
+    async def measure(self, shape: Shape, degree: int) -> dict[str, float]:
+        """Median seconds by kind of phase, with all GPUs busy at this degree, as in service: of a step, and at degree
+        1 of the other phases.
 
         Raises what a replica raises, `OutOfMemory` when it does not fit.
         """
@@ -279,15 +280,12 @@ class Fleet:
             ]
             return self.settled(calls, gpus, seq)
 
-        results = []
+        results: list[dict[str, float]] = []
         for measured, errors in await asyncio.gather(*map(measuring, disjoint)):
             if errors:
                 raise first_cause(errors)
             results += measured
-        steps, encodes, decodes = zip(*results, strict=True)
-        if degree > 1:
-            return statistics.median(steps), None, None
-        return statistics.median(steps), statistics.median(encodes), statistics.median(decodes)
+        return {kind: statistics.median(result[kind] for result in results) for kind in results[0]}
 
     async def profile(self, measured: Measured) -> Profile:
         """Measure every shape and degree of the configuration; what does not fit into memory is left out.
@@ -296,17 +294,16 @@ class Fleet:
         """
         args = self._args
         steps: dict[Shape, dict[int, float]] = {}
-        encode: dict[Shape, float] = {}
-        decode: dict[Shape, float] = {}
+        others: dict[str, dict[Shape, float]] = {}
         for shape, degree in self.measurable():
             try:
-                step_s, encode_s, decode_s = await self.measure(shape, degree)
+                seconds = await self.measure(shape, degree)
             except OutOfMemory as error:
                 logger.warning("degree %d is not used for %s: out of memory: %s", degree, shape, error)
                 continue
-            steps.setdefault(shape, {})[degree] = step_s
-            if encode_s is not None and decode_s is not None:
-                encode[shape], decode[shape] = encode_s, decode_s
+            step_s = steps.setdefault(shape, {})[degree] = seconds.pop("denoise")
+            for kind, other_s in seconds.items():
+                others.setdefault(kind, {})[shape] = other_s
             measured(shape, degree, step_s)
         if not steps:
             raise ConfigError("args.profile.shapes: the model runs out of memory at every shape and degree")
@@ -317,8 +314,9 @@ class Fleet:
             f"{args.profile.warmup}, {args.model.dtype}, {args.cell.attention_backend} attention",
             degrees=tuple(sorted({degree for times in steps.values() for degree in times})),
             step_seconds=steps,
-            encode_seconds=encode,
-            decode_seconds=decode,
+            encode_seconds=others["encode"],
+            decode_seconds=others["decode"],
+            encode_image_seconds=others.get("encode_image", {}),
         )
 
 

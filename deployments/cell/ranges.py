@@ -44,16 +44,17 @@ class SentRange:
 
 def send(fleet: Fleet, entry: Entry, assignment: Assignment) -> SentRange:
     """Have a range run; replicas that hold the request's tensors already are not sent them."""
+    phase = PHASES[assignment.kind]
     reports: list[Any] = []
     produced: list[Any] = []
     for gpu in assignment.gpus:
         is_leader = gpu == assignment.gpus[0]
         results = (
             fleet[gpu]
-            .run.options(num_returns=1 + PHASES[assignment.kind].produces if is_leader else 1)
+            .run.options(num_returns=1 + phase.produces if is_leader else 1)
             .remote(
                 assignment,
-                entry.request if assignment.kind == "encode" else None,
+                entry.request if phase.takes_request else None,
                 boxed(None if gpu in entry.knows else entry.conditioning),
                 boxed(None if gpu in entry.holders else entry.latents),
             )
@@ -122,8 +123,7 @@ class Ranges:
                 self._take_back(entry, assignment, errors, bool(gone))
         else:
             self._recovery.reported(assignment.gpus, now_s)
-            if assignment.kind != "decode":
-                entry.committed_latents = sent.produced[-1]
+            entry.commit(assignment, sent.produced)
             complete = self._state.rounds.finished(assignment.seq, now_s)
             ran = cast("list[Report]", results)
             self._measure(entry, assignment, ran)
@@ -167,7 +167,7 @@ class Ranges:
 
     def _measure(self, entry: Entry, assignment: Assignment, reports: list[Report]) -> None:
         """A range was run: what it says of step times."""
-        shape, degree = entry.request.shape, assignment.degree
+        shape, degree = self._state.info.step_shape(entry.request), assignment.degree
         steps = assignment.steps if assignment.kind == "denoise" else 0
         self._state.meters.ran(shape, degree, steps, entry.degree not in (0, degree), reports)
         if steps:

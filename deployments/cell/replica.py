@@ -138,6 +138,11 @@ def _encode(engine: Any, assignment: Assignment, request: GenerateRequest | None
     return engine.encode(assignment.request_ids[0], request)
 
 
+def _encode_image(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
+    assert request is not None
+    return engine.encode_image(assignment.request_ids[0], request, *held)
+
+
 def _denoise(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
     (request_id,) = assignment.request_ids
     gpus, seq = assignment.gpus, assignment.seq
@@ -155,14 +160,21 @@ class PhaseRun:
 
     Attributes:
         run: (engine, assignment, request, conditioning, latents) to the report and what it produced.
-        produces: how many things the group's first GPU gives beside its report.
+        produces: how many things the group's first GPU gives beside its report: conditioning, latents or the picture.
+        takes_request: it gets the request, the others know it by the conditioning.
     """
 
     run: Callable[..., Any]
     produces: int
+    takes_request: bool = False
 
 
-PHASES = {"encode": PhaseRun(_encode, 2), "denoise": PhaseRun(_denoise, 1), "decode": PhaseRun(_decode, 1)}
+PHASES = {
+    "encode": PhaseRun(_encode, 2, takes_request=True),
+    "encode_image": PhaseRun(_encode_image, 2, takes_request=True),
+    "denoise": PhaseRun(_denoise, 1),
+    "decode": PhaseRun(_decode, 1),
+}
 """By `Phase.kind`."""
 
 
@@ -327,6 +339,8 @@ class GPUReplica:
         name = name_of(request_id)
         try:
             held = _unboxed(conditioning), _unboxed(latents)
+            if request is not None:
+                request = request.with_pixels(ray.get([image.pixels for image in request.images]))
         except ray.exceptions.RayError as error:
             # the range takes its turn all the same: those planned behind it wait for it
             held, missing = (None, None), f"the range before failed: {type(error).__name__}"
@@ -402,7 +416,7 @@ class GPUReplica:
 
     def measure(
         self, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int
-    ) -> tuple[float, float | None, float | None]:
+    ) -> dict[str, float]:
         """`Engine.measure`; every member of `gpus` must be called, as range `seq`. Raises as `run` does."""
         name = f"measure-{seq}"
 

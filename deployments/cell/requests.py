@@ -131,7 +131,8 @@ class Requests:
         arrival_s = now_s - waited_s
         result = asyncio.get_running_loop().create_future()
         identity = f"{request.request_id}#{next(self._serial)}"
-        entry = Entry(identity, asked, request, arrival_s, now_s, slo_s, PlannedWith.of(phases), result)
+        steps, planned_with = self._state.info.steps_of(request), PlannedWith.of(phases)
+        entry = Entry(identity, asked, request, steps, arrival_s, now_s, slo_s, planned_with, result)
         self._state.rounds.arrived(
             entry.id,
             phases,
@@ -150,7 +151,7 @@ class Requests:
             entry.name,
             request.client,
             request.shape,
-            phases[1].steps,
+            steps,
             arrival_unix_s,
             None if slo_s is None else arrival_unix_s + slo_s,
         )
@@ -168,19 +169,26 @@ class Requests:
         deadline = "no deadline" if entry.slo_s is None else f"deadline {entry.slo_s:.3f} s"
         waited_s = entry.admitted_s - entry.arrival_s
         again = f", {waited_s:.1f} s after it came to another cell" if request.attempt else ""
-        what = f"{shape}, {request.num_inference_steps} steps, {deadline}{again}"
+        pictures = f", {len(request.images)} pictures in" if request.images else ""
+        what = f"{shape}, {entry.steps} steps{pictures}, {deadline}{again}"
         log_request(INFO, entry.name, "accepted: %s", what)
 
     def _phases(self, request: GenerateRequest) -> tuple[Phase, ...]:
-        state = self._state
-        assert request.num_inference_steps is not None
+        state, info = self._state, self._state.info
         degrees = [
             degree
             for degree in state.args.cell.all_degrees
-            if state.info.why_not_degree(request.shape, degree) is None
+            if info.why_not_degree(request.shape, degree) is None
         ]
-        cost = state.info.step_cost(request)
-        return chain_of(state.profile, request.shape, request.num_inference_steps, degrees, cost=cost)
+        return chain_of(
+            state.profile,
+            request.shape,
+            info.steps_of(request),
+            degrees,
+            cost=info.step_cost(request),
+            step_shape=info.step_shape(request),
+            images=info.shapes_in(request),
+        )
 
     def end(self, entry: Entry, outcome: GenerateResult | TetriserveError) -> None:
         """Settle a request and forget it; what is in flight for it runs out and is released then."""
@@ -221,15 +229,16 @@ class Requests:
         for gpu in entry.touched - self._state.lost:
             self._state.fleet.tell(gpu, "release", entry.id)
         entry.touched = set()
-        entry.conditioning = entry.latents = entry.committed_latents = None
+        entry.conditioning = entry.latents = None
+        entry.committed = (None, None)
 
     def turn_away(self, entry: Entry, why: str, earliest_slo_s: float | None = None) -> None:
         self.end(entry, DeadlineInfeasible(f"the request {why}", earliest_slo_s))
 
 
 def _as_asked(request: GenerateRequest) -> GenerateRequest:
-    """Without what the server filled in, which differs each time."""
-    return replace(request, arrived_s=None, way_back_s=0.0, attempt=0)
+    """Without what the server filled in, which differs each time; its pictures are told by their digests."""
+    return replace(request.without_pixels(), arrived_s=None, way_back_s=0.0, attempt=0)
 
 
 def _asked(option: bool | None, default: bool) -> bool:

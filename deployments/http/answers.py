@@ -34,11 +34,14 @@ class ErrorAnswer(_Answer):
     error: ErrorDetail
 
 
+Kind = Literal["encode", "encode_image", "denoise", "decode"]
+
+
 class StageDurations(_Answer):
     """Seconds; queue is all the time in which nothing ran."""
 
     queue: float
-    encode: float
+    encode: float = Field(description="Of the text and of pictures.")
     denoise: float
     decode: float
     total: float
@@ -55,7 +58,7 @@ class Range(_Answer):
 class Run(_Answer):
     """One step range as it ran; Unix seconds."""
 
-    kind: Literal["encode", "denoise", "decode"]
+    kind: Kind
     steps: int
     gpus: list[int]
     start_s: float
@@ -66,7 +69,7 @@ class Run(_Answer):
 class LostRun(_Answer):
     """A step range that had to be run again; Unix seconds."""
 
-    kind: Literal["encode", "denoise", "decode"]
+    kind: Kind
     steps: int
     gpus: list[int]
     noticed_s: float
@@ -78,6 +81,7 @@ class PlannedWithAnswer(_Answer):
     encode_s: float
     step_s: dict[int, float]
     decode_s: float
+    encode_image_s: float
 
 
 class MetricsAnswer(_Answer):
@@ -189,7 +193,7 @@ class ModelAnswer(_Answer):
     owned_by: str
     root: str = Field(description="The model that the id is a name of.")
     num_gpus: int = Field(description="Of one cell.")
-    task_type: Literal["T2I"]
+    task_type: Literal["T2I", "TI2I", "I2I"]
     dtype: str
     sizes: list[str] = Field(description="Whose step times were measured; others are served too.")
     degrees: list[int] = Field(description="Sequence-parallel degrees that a step may run at.")
@@ -226,7 +230,7 @@ class BoardRange(_Answer):
     request: str | None = Field(description="A label; null for a request of somebody else.")
     colour: int | None = Field(description="0 to 11, the same for all ranges of a request.")
     late: bool
-    kind: Literal["encode", "denoise", "decode", "busy"] = Field(description='"busy": of somebody else.')
+    kind: Kind | Literal["busy"] = Field(description='"busy": of somebody else.')
     steps: int
     ranges: int = Field(description="Step ranges in it: more where they are too narrow to be told apart.")
     gpus: list[tuple[int, int]] = Field(description="(first, count) of neighbouring GPUs.")
@@ -357,6 +361,14 @@ IMAGES: Responses = ERRORS | {
     409: {"model": ErrorAnswer, "description": "Cancelled by a DELETE with the same Idempotency-Key."},
     413: {"model": ErrorAnswer, "description": "The body is too large."},
     415: {"model": ErrorAnswer, "description": "Compressed or written in a way that is not taken."},
+}
+EDITS: Responses = {
+    **IMAGES,
+    200: {
+        **IMAGES[200],
+        "description": "As of generations; events are called `image_edit.partial_image`, `image_edit.completed`, "
+        "`image_edit.progress`.",
+    },
 }
 CHAT: Responses = {
     **IMAGES,

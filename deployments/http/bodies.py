@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,9 @@ from tetriserve.errors import (
     Unauthorized,
 )
 from tetriserve.request import GenerateRequest, GenerateResult, Metrics, ModelInfo
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NO_TOKENS = {
     "input_tokens": 0,
@@ -130,6 +133,9 @@ class ImageRequest(BaseModel):
 
     # what else there is only gets a name in the answer
     model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=_document_nested)
+
+    events: ClassVar[str] = "image_generation"
+    """What those of a stream are called before the dot."""
 
     prompt: str = Field(json_schema_extra={"minLength": 1})
     model: str | None = None
@@ -236,10 +242,19 @@ class ImageRequest(BaseModel):
         return QUALITIES[self.output_quality] if self.output_compression is None else self.output_compression
 
     @classmethod
-    def parse(cls, body: bytes, http: HTTPArgs) -> ImageRequest:
+    def parse(cls, body: bytes, http: HTTPArgs) -> Self:
         """Read a request body. Raises `InvalidRequest` naming the first wrong field."""
+        return cls._limited(lambda: cls.model_validate_json(body), http)
+
+    @classmethod
+    def checked(cls, fields: dict[str, Any], http: HTTPArgs) -> Self:
+        """The same of fields."""
+        return cls._limited(lambda: cls.model_validate(fields), http)
+
+    @classmethod
+    def _limited(cls, validate: Callable[[], Self], http: HTTPArgs) -> Self:
         try:
-            request = cls.model_validate_json(body)
+            request = validate()
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = str(first["loc"][0]) if first["loc"] else "body"
@@ -271,7 +286,7 @@ class ImageRequest(BaseModel):
         if self.lora is not None:
             lora = Lora(name=self.lora) if isinstance(self.lora, str) else self.lora
             fields |= {"lora": lora.name, "lora_scale": lora.scale}
-        fields = _present(fields)
+        fields = _present(fields | self._more())
         if self.size is not None:
             width, height = self.size.split("x")
             fields = {"width": int(width), "height": int(height)} | fields
@@ -284,6 +299,10 @@ class ImageRequest(BaseModel):
             )
             for picture, one_id in enumerate(picture_ids(request_id, self.n))
         ]
+
+    def _more(self) -> dict[str, Any]:
+        """Fields of a `GenerateRequest` that only some requests have."""
+        return {}
 
     def _slo_s(self) -> float | None:
         """Seconds from arrival: `slo_ms`, else the budget between two times on the sender's clock."""
@@ -408,6 +427,11 @@ def image_response(
     }
 
 
+def _task_type(info: ModelInfo) -> str:
+    """As SGLang names tasks: from text, from text and pictures, from pictures."""
+    return "I2I" if info.editing.needs_image else "TI2I" if info.editing.max_images else "T2I"
+
+
 def model_body(info: ModelInfo, args: AppArgs, name: str, created_s: int) -> dict[str, Any]:
     """One entry of OpenAI's model list, with what vLLM-Omni's and SGLang's lists have beside it.
 
@@ -421,7 +445,7 @@ def model_body(info: ModelInfo, args: AppArgs, name: str, created_s: int) -> dic
         "owned_by": "tetriserve",
         "root": info.name,
         "num_gpus": args.cell.gpus,
-        "task_type": "T2I",
+        "task_type": _task_type(info),
         "dtype": args.model.dtype,
         "sizes": [f"{shape.width}x{shape.height}" for shape in args.profile.all_shapes],
         "degrees": list(args.cell.all_degrees),

@@ -114,7 +114,7 @@ async def events(
                     sent[picture] += 1
                     shown_steps[picture] = item.steps_done
                 if request.progress:
-                    yield _event("image_generation.progress", about | {"phase": item.phase})
+                    yield _event(f"{request.events}.progress", about | {"phase": item.phase})
             elif isinstance(item, GenerateResult):
                 steps = sum(part.steps for part in item.metrics.steps)
                 about |= _steps(Progress(item.request_id, "decode", steps, steps, predicted_finish_s=0.0))
@@ -169,7 +169,7 @@ def _picture_event(
         "quality": "auto",
         "size": f"{width}x{height}",
     }
-    return _event(f"image_generation.{kind}", body | more)
+    return _event(f"{request.events}.{kind}", body | more)
 
 
 def _enlarged(preview: np.ndarray, width: int, height: int) -> np.ndarray:

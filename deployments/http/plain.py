@@ -80,7 +80,9 @@ async def read_body(http: Request, limit: int) -> bytes:
     plain = _decompressed(bytes(body), http.headers.get("content-encoding", "identity"), limit)
     if plain is None:
         raise too_large
-    _, _, parameters = http.headers.get("content-type", "").partition(";")
+    kind, _, parameters = http.headers.get("content-type", "").partition(";")
+    if kind.strip().lower() == "multipart/form-data":  # each part has its own
+        return plain
     found = re.search(r"charset\s*=\s*\"?([\w.:-]+)", parameters, re.IGNORECASE)
     charset = "utf-8" if found is None else found[1]
     try:

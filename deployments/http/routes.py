@@ -37,6 +37,7 @@ from deployments.http.bodies import (
     result_headers,
 )
 from deployments.http.chat import CHAT_SCHEMA, chat_response, parse_chat
+from deployments.http.edits import EDIT_BODY, parse_edit
 from deployments.http.events import EventResponse, events, newest
 from deployments.http.keys import check_key
 from deployments.http.pictures import Picture, encode_image
@@ -102,7 +103,16 @@ class Endpoints:
     async def post_images(self, http: Request) -> Response:
         """`POST /v1/images/generations`."""
         body = await read_body(http, self._args.http.max_body_bytes)
-        request = ImageRequest.parse(body, self._args.http)
+        return await self._answer_with_images(ImageRequest.parse(body, self._args.http), http)
+
+    async def post_edits(self, http: Request) -> Response:
+        """`POST /v1/images/edits`."""
+        body = await read_body(http, self._args.http.max_upload_bytes)
+        request = await parse_edit(body, http.headers, self._args.http)
+        info = await self._router.model_named(request.model)
+        return await self._answer_with_images(request.like_its_picture(info), http)
+
+    async def _answer_with_images(self, request: ImageRequest, http: Request) -> Response:
         response_id, requests = self._begun(request, http)
         if request.stream:
             return await self._streamed_images(request, response_id, requests)
@@ -330,11 +340,14 @@ def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]
     keyed = [Depends(endpoints.authorize)]
     if endpoints.has_keys:  # only to say so in the document
         keyed.append(Depends(HTTPBearer(auto_error=False)))
-    for path, post, schema, responses in (
-        ("/v1/images/generations", endpoints.post_images, ImageRequest.model_json_schema(), answers.IMAGES),
-        ("/v1/chat/completions", endpoints.post_chat, CHAT_SCHEMA, answers.CHAT),
+    of_images = {"application/json": {"schema": ImageRequest.model_json_schema()}}
+    of_chat = {"application/json": {"schema": CHAT_SCHEMA}}
+    for path, post, content, responses in (
+        ("/v1/images/generations", endpoints.post_images, of_images, answers.IMAGES),
+        ("/v1/images/edits", endpoints.post_edits, EDIT_BODY, answers.EDITS),
+        ("/v1/chat/completions", endpoints.post_chat, of_chat, answers.CHAT),
     ):
-        body = {"content": {"application/json": {"schema": schema}}, "required": True}
+        body = {"content": content, "required": True}
         app.add_api_route(
             path,
             post,

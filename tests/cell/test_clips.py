@@ -1,16 +1,20 @@
-"""A cell that makes clips: real replicas in Ray's own processes, the scheduler in the test's."""
+"""A cell that makes clips, and one that edits: real replicas in Ray's own processes, the scheduler in the test's."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 import yaml
-from diffusers import WanPipeline
-from model_folders import tiny_wan
+from diffusers import FluxImg2ImgPipeline, WanPipeline
+from model_folders import tiny_flux, tiny_wan
+from PIL import Image
 
 from deployments.cell.scheduler import Scheduler
 from deployments.config import AppArgs
@@ -76,8 +80,88 @@ def test_clips_and_pictures_of_one_model(tmp_path: Path) -> None:
             raise AssertionError("8 frames were taken")
         ray.util.remove_placement_group(group)
 
+    on_ray(run())
+
+
+EDIT_PROFILE = {
+    "model": "flux",
+    "device": "CPU",
+    "source": "made up",
+    "degrees": [1, 2],
+    "step_seconds": {"128x144": {1: 0.2, 2: 0.1}},
+    "encode_image_seconds": {"128x144": 0.05},
+}
+
+
+def test_edits_beside_pictures_from_text(tmp_path: Path) -> None:
+    """Pixels go by the object store, to a phase of their own; a replica that dies on the way changes nothing."""
+    folder = tiny_flux(tmp_path / "flux")
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(EDIT_PROFILE))
+    args = AppArgs.parse(
+        {
+            "model": {"path": str(folder), "dtype": "float32", "max_sequence_length": 30},
+            "cell": {"gpus": 2, "device": "cpu", "cpus_per_replica": 0.5},
+            "profile": {"path": str(tmp_path / "profile.yaml"), "correct": False},
+        }
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8)
+
+    def request(name: str, **more: Any) -> GenerateRequest:
+        return GenerateRequest("a star", 128, 144, 6, 3.5, seed=1, request_id=name, slo_s=60, **more)
+
+    async def run() -> None:
+        group = ray.util.placement_group(args.cell.bundles)
+        await group.ready()
+        scheduler = Scheduler(args, group)
+        await scheduler.start()
+        asked = request("edit", images=[pixels], strength=0.7)
+        sent = asked.with_pixels([ray.put(pixels)])
+        edit, text = await asyncio.gather(
+            scheduler.generate(sent, "call"), scheduler.generate(request("text"), "call")
+        )
+        assert [one.kind for one in edit.metrics.schedule][:2] == ["encode", "encode_image"]
+        assert sum(one.steps for one in edit.metrics.steps) == 5
+        assert sum(one.steps for one in text.metrics.steps) == 6
+        assert edit.metrics.planned_with.encode_image_s == 0.05
+        plain = FluxImg2ImgPipeline.from_pretrained(folder, dtype=torch.float32)
+        expected = plain(
+            "a star",
+            image=Image.fromarray(pixels),
+            strength=0.7,
+            height=128,
+            width=144,
+            num_inference_steps=6,
+            guidance_scale=3.5,
+            max_sequence_length=30,
+            generator=torch.Generator().manual_seed(1),
+        ).images[0]
+        image = await edit.image
+        assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 1
+        assert np.abs((await text.image).astype(int) - np.asarray(expected)).max() > 5
+
+        again = asyncio.create_task(scheduler.generate(replace(sent, request_id="again"), "call"))
+        fleet = scheduler._state.fleet
+        while not any(entry.phase == "encode_image" for entry in scheduler._requests.entries.values()):
+            await asyncio.sleep(0.002)
+        ray.kill(fleet[0])
+        watching = asyncio.create_task(_look(scheduler))
+        result = await again
+        watching.cancel()
+        np.testing.assert_array_equal(await result.image, image)
+        ray.util.remove_placement_group(group)
+
+    on_ray(run())
+
+
+async def _look(scheduler: Scheduler) -> None:
+    while True:
+        await scheduler.check_health()
+        await asyncio.sleep(0.2)
+
+
+def on_ray(work: Coroutine[Any, Any, None]) -> None:
     start_ray(3)
     try:
-        asyncio.run(run())
+        asyncio.run(work)
     finally:
         ray.shutdown()

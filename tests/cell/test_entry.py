@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+
+import numpy as np
 
 from deployments.cell.entries import Entry
 from tetriserve.request import GenerateRequest, PlannedWith
@@ -19,6 +22,7 @@ def entry() -> Entry:
         "r#0",
         request,
         request,
+        4,
         0.0,
         0.0,
         None,
@@ -27,7 +31,7 @@ def entry() -> Entry:
         conditioning="text",
         latents="after step 2",
     )
-    one.committed_latents = "after step 1"
+    one.committed = ("text", "after step 1")
     one.touched, one.knows, one.holders = {0, 1}, {0, 1}, {1}
     return one
 
@@ -51,3 +55,28 @@ def test_a_lost_range_is_rolled_back_once_nothing_is_in_flight_behind_it() -> No
     one.outstanding = 0
     one.roll_back()
     assert not one.aborting and one.latents == "after step 1"
+
+
+def sent(one: Entry, seq: int, kind: str, *produced: str, gpu: int = 0) -> Assignment:
+    assignment = Assignment(seq, (one.id,), kind, (gpu,), 0, 1, 0.0, 1.0, (-1,))
+    one.sent(assignment, produced)
+    return assignment
+
+
+def test_what_a_picture_adds_to_the_conditioning_is_lost_with_its_range() -> None:
+    """And then its pixels are needed again; once it counts they are not, and no GPU knows only the text."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    one = replace(entry(), request=GenerateRequest("a star", images=[picture]), committed=(None, None))
+    one.commit(sent(one, 1, "encode", "text", "noise"), ("text", "noise"))
+    lost = sent(one, 2, "encode_image", "text and picture", "picture under noise", gpu=1)
+    assert (one.conditioning, one.knows) == ("text and picture", {1})
+    one.outstanding = 0
+    one.lose(lost)
+    one.roll_back()
+    assert (one.conditioning, one.latents) == ("text", "noise")
+    assert one.request.images[0].pixels is picture
+    again = sent(one, 3, "encode_image", "text and picture", "picture under noise")
+    one.commit(again, ("text and picture", "picture under noise"))
+    assert one.request.images[0].pixels is None
+    one.commit(sent(one, 4, "denoise", "after step 1"), ("after step 1",))
+    assert one.committed == ("text and picture", "after step 1")

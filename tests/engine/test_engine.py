@@ -3,6 +3,7 @@ picture are those of the plain diffusers pipeline. Real processes over gloo."""
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import PipelineQuantizationConfig, TorchAoConfig
+from diffusers import (
+    FluxImg2ImgPipeline,
+    PipelineQuantizationConfig,
+    StableDiffusion3Img2ImgPipeline,
+    TorchAoConfig,
+)
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,11 +28,14 @@ from model_folders import (
     tiny_flux2_dev,
     tiny_flux2_klein,
     tiny_hunyuan_video,
+    tiny_kontext,
     tiny_qwen_image,
+    tiny_qwen_image_edit,
     tiny_sd3,
     tiny_wan,
     tiny_z_image,
 )
+from PIL import Image
 from replica_pool import ReplicaPool, Served
 from safetensors.torch import save_file
 from torchao.quantization import Int8WeightOnlyConfig
@@ -61,6 +70,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sd3": tiny_sd3(root / "sd3", dual_attention=False),
         "z-image": tiny_z_image(root / "z-image"),
         "qwen-image": tiny_qwen_image(root / "qwen-image"),
+        "flux-kontext": tiny_kontext(root / "flux-kontext"),
+        "qwen-image-edit": tiny_qwen_image_edit(root / "qwen-image-edit"),
+        "qwen-image-edit-plus": tiny_qwen_image_edit(root / "qwen-image-edit-plus", plus=True),
         "flux2-dev": tiny_flux2_dev(root / "flux2-dev"),
         "flux2-klein": tiny_flux2_klein(root / "flux2-klein", distilled=True),
         "flux2-klein-base": tiny_flux2_klein(root / "flux2-klein-base"),
@@ -127,15 +139,27 @@ def plain(folders: dict[str, Path], loras: dict[str, str]):
                 options.setdefault("guidance_scale", 0.0)
             if text_tokens(model):
                 options["max_sequence_length"] = TEXT_TOKENS
+            pictures = [Image.fromarray(image.pixels) for image in request.images]
+            pipeline = pipelines[model]
+            if request.strength is not None:
+                pipeline = (FluxImg2ImgPipeline if "flux" in model else StableDiffusion3Img2ImgPipeline)(
+                    **pipeline.components
+                )
+                pipeline.set_progress_bar_config(disable=True)
+                options |= {"image": pictures[0], "strength": request.strength}
+            elif pictures:
+                options["image"] = pictures if len(pictures) > 1 else pictures[0]
+            if model == "flux-kontext":
+                options["max_area"] = request.height * request.width
             video = adapters[model].info.max_frames > 1
             if video:
                 options["num_frames"] = request.num_frames
             if model == "hunyuan-video":
-                pipeline, scale = pipelines[model], options.pop("guidance_scale", 6.0)
+                scale = options.pop("guidance_scale", 6.0)
                 pipeline.guider = pipeline.guider.new(guidance_scale=scale)
 
             def generate(output_type: str):
-                made = pipelines[model](
+                made = pipeline(
                     prompt=request.prompt,
                     height=request.height,
                     width=request.width,
@@ -174,6 +198,8 @@ class Journey:
     def __init__(self, pool: ReplicaPool, model: str, request: GenerateRequest, gpu: int) -> None:
         self.pool, self.model, self.id = pool, model, f"{model}-{random.random()}"
         _, self.conditioning, self.latents = pool.call((gpu,), model, "encode", self.id, request)[0]
+        if request.images:
+            _, self.conditioning, self.latents = pool.call((gpu,), model, "encode_image", self.id, request)[0]
         self.step = 0
         self.knows = {gpu}
         self.holders = {gpu}
@@ -212,7 +238,46 @@ def assert_same(journey: Journey, image: np.ndarray, expected) -> None:
     assert (difference.max(axis=-1) == 0).mean() >= 0.999
 
 
+def scene(height: int, width: int, seed: int) -> np.ndarray:
+    """Something to be edited: soft colours."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def steps_of(request: GenerateRequest) -> int:
+    """That run."""
+    return STEPS if request.strength is None else math.ceil(STEPS * request.strength)
+
+
 REQUESTS = {
+    "flux image to image odd": (
+        "flux-dev",
+        GenerateRequest("a star", 112, 208, STEPS, 3.5, seed=30, images=[scene(150, 200, 1)], strength=0.7),
+    ),
+    "sd3.5 image to image": (
+        "sd35",
+        GenerateRequest("a star", 128, 144, STEPS, seed=31, images=[scene(128, 144, 2)], strength=0.5),
+    ),
+    "kontext odd": (
+        "flux-kontext",
+        GenerateRequest("a star", 112, 208, STEPS, seed=32, images=[scene(90, 130, 3)]),
+    ),
+    "flux.2 klein two references": (
+        "flux2-klein-base",
+        GenerateRequest("a star", 112, 208, STEPS, seed=33, images=[scene(90, 130, 4), scene(64, 112, 5)]),
+    ),
+    "flux.2 dev reference": (
+        "flux2-dev",
+        GenerateRequest("a star", 128, 128, STEPS, seed=34, images=[scene(90, 130, 6)]),
+    ),
+    "qwen-image-edit": (
+        "qwen-image-edit",
+        GenerateRequest("a star", 112, 208, STEPS, negative_prompt=" ", seed=35, images=[scene(90, 130, 7)]),
+    ),
+    "qwen-image-edit two": (
+        "qwen-image-edit-plus",
+        GenerateRequest("a star", 112, 208, STEPS, seed=36, images=[scene(90, 130, 8), scene(70, 70, 9)]),
+    ),
     "square": ("flux-dev", GenerateRequest("a small red circle", 256, 256, STEPS, seed=1)),
     # 7 x 13 = 91 image tokens: no degree above 1 divides them
     "odd": ("flux-dev", GenerateRequest("a blue square", 112, 208, STEPS, seed=2)),
@@ -298,26 +363,38 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", REQUESTS)
+MEGAPIXEL = ("flux-kontext", "qwen-image-edit", "qwen-image-edit-plus")
+
+
+@pytest.mark.parametrize(
+    ("name", "degree"),
+    [
+        (name, degree)
+        for name in REQUESTS
+        for degree in ([1, 3] if REQUESTS[name][0] in MEGAPIXEL else [1, 2, 3, 4])
+    ],
+)
 def test_fixed_degree_equals_plain_pipeline(pool, plain, name: str, degree: int) -> None:
     model, request = REQUESTS[name]
     gpus = tuple(range(degree))
     journey = Journey(pool, model, request, gpu=0)
-    journey.run(gpus, STEPS)
+    journey.run(gpus, steps_of(request))
     assert_same(journey, journey.finish(gpus[-1]), plain(model, request))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    # references of a megapixel take long here
+    [(name, seed) for name in REQUESTS for seed in range(1 if REQUESTS[name][0] in MEGAPIXEL else 4)],
+)
 def test_any_journey_equals_plain_pipeline(pool, plain, name: str, seed: int) -> None:
     """Random step ranges at random degrees on random GPU sets, aligned or not."""
     model, request = REQUESTS[name]
     dice = random.Random(seed)
     journey = Journey(pool, model, request, gpu=dice.randrange(N_GPUS))
-    while journey.step < STEPS:
+    while journey.step < steps_of(request):
         gpus = tuple(sorted(dice.sample(range(N_GPUS), dice.randint(1, N_GPUS))))
-        journey.run(gpus, dice.randint(1, STEPS - journey.step))
+        journey.run(gpus, dice.randint(1, steps_of(request) - journey.step))
     assert_same(journey, journey.finish(dice.randrange(N_GPUS)), plain(model, request))
 
 
@@ -546,10 +623,13 @@ def test_a_picture_is_what_the_image_processor_makes(
 
 
 def test_measure_times_every_phase(pool) -> None:
-    step_s, encode_s, decode_s = pool.call((2,), "sd3", "measure", "one", Shape(128, 128), (2,), 90, 1, 2)[0]
-    assert min(step_s, encode_s, decode_s) > 0
+    seconds = pool.call((2,), "sd3", "measure", "one", Shape(128, 128), (2,), 90, 1, 2)[0]
+    assert min(seconds.values()) > 0
+    assert seconds.keys() == {"encode", "encode_image", "denoise", "decode"}
+    (seconds,) = pool.call((2,), "z-image", "measure", "other", Shape(128, 128), (2,), 92, 1, 2)
+    assert seconds.keys() == {"encode", "denoise", "decode"}  # it takes no pictures
     results = pool.call((0, 1), "sd3", "measure", "two", Shape(128, 128), (0, 1), 91, 1, 2)
-    assert all(step > 0 and encode is None for step, encode, _ in results)
+    assert all(result.keys() == {"denoise"} and result["denoise"] > 0 for result in results)
 
 
 def test_model_limits(folders) -> None:
@@ -597,7 +677,7 @@ def test_loading_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
     with pytest.raises(
-        ConfigError, match="PixArtAlphaPipeline, supported are Flux2KleinPipeline, Flux2Pipeline, FluxP"
+        ConfigError, match="PixArtAlphaPipeline, supported are Flux2KleinPipeline, Flux2Pipeline, FluxK"
     ):
         load(tmp_path)
     with pytest.raises(

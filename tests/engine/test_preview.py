@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ STEPS = 8
     [(8, 0, []), (8, 1, [4]), (8, 3, [2, 4, 6]), (10, 2, [4, 7]), (3, 3, [1, 2, 3]), (1, 3, [1])],
 )
 def test_marks_are_evenly_spaced(steps: int, previews: int, marks: list[int]) -> None:
-    request = GenerateRequest("x", num_inference_steps=steps, previews=previews)
-    assert [end for end in range(1, steps + 1) if preview.marks_passed(request, end - 1, end)] == marks
-    assert preview.marks_passed(request, 0, steps) == bool(marks)
-    assert not preview.marks_passed(request, marks[-1] if marks else 0, steps)
+    passed = partial(preview.marks_passed, previews, steps)
+    assert [end for end in range(1, steps + 1) if passed(end - 1, end)] == marks
+    assert passed(0, steps) == bool(marks)
+    assert not passed(marks[-1] if marks else 0, steps)
 
 
 class LinearVAE:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from tetriserve.engine.attention import Kinds
 from tetriserve.engine.groups import SPGroup
@@ -87,6 +88,17 @@ class RequestState:
     latents: torch.Tensor
     sampler: Any
     step: int = 0
+
+
+def beside(tokens: torch.Tensor, conditioning: dict[str, Any], name: str, dim: int = 1) -> torch.Tensor:
+    """Tokens of a picture, and behind them those of its references under `name`, where there are any."""
+    references = conditioning.get(name)
+    return tokens if references is None else torch.cat([tokens, references], dim)
+
+
+def pictures_of(request: GenerateRequest) -> list[Image.Image]:
+    """What pipelines take."""
+    return [Image.fromarray(image.pixels) for image in request.images]
 
 
 def picture(pixels: torch.Tensor) -> np.ndarray:
@@ -181,6 +193,13 @@ class ModelAdapter(ABC):
     def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
         """Initial noise from the request's seed and a sampler with its timesteps, as the pipeline does it."""
 
+    def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        """The same with the request's pictures, which are pixels here, in the latents or the conditioning.
+
+        Only families whose `ModelInfo.editing` takes pictures are asked.
+        """
+        raise NotImplementedError(f"{self.family} models take no pictures")
+
     @abstractmethod
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         """The transformer's prediction for the whole latents, guidance applied; runs on the current group."""
@@ -207,6 +226,7 @@ class ModelAdapter(ABC):
             "guidance_scale": info.default_guidance_scale if scale is None else scale,
             "guidance_scale_2": info.default_guidance_scale_2 if scale is None else scale,
             "true_cfg_scale": info.default_true_cfg_scale,
+            "strength": info.editing.default_strength,
         }
         return replace(
             request,

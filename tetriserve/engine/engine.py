@@ -55,16 +55,34 @@ class Engine:
 
     @torch.inference_mode()
     def encode(self, request_id: str, request: GenerateRequest) -> tuple[Report, Conditioning, Latents]:
-        """Text encoders and initial noise. `request.seed` must be set."""
+        """Text encoders and initial noise. `request.seed` must be set, its pictures be pixels."""
         started_s = self._start()
         request = self.adapter.resolve(request)
         self.adapter.wear(request)
         conditioning = self.adapter.encode(request)
-        state = self.adapter.begin(request, conditioning)
-        self._conditioning[request_id] = (request, state.conditioning)
+        return self._began(started_s, request_id, self.adapter.begin(request, conditioning))
+
+    @torch.inference_mode()
+    def encode_image(
+        self,
+        request_id: str,
+        request: GenerateRequest,
+        conditioning: Conditioning | None = None,
+        latents: Latents | None = None,
+    ) -> tuple[Report, Conditioning, Latents]:
+        """After `encode`, the request's pictures through the VAE: conditioning and first latents are new ones."""
+        started_s = self._start()
+        state = self._state(request_id, 0, conditioning, latents)
+        resolved = state.request.with_pixels(image.pixels for image in request.images)
+        return self._began(started_s, request_id, self.adapter.begin_from(resolved, state.conditioning))
+
+    def _began(
+        self, started_s: float, request_id: str, state: RequestState
+    ) -> tuple[Report, Conditioning, Latents]:
+        state.request = state.request.without_pixels()
+        self._conditioning[request_id] = (state.request, state.conditioning)
         self._states[request_id] = state
-        packed = pack_conditioning(state), pack_latents(state)
-        return (self._report(started_s, started_s), *packed)
+        return self._report(started_s, started_s), pack_conditioning(state), pack_latents(state)
 
     @torch.inference_mode()
     def denoise(
@@ -99,7 +117,9 @@ class Engine:
                 f"latents are not finite after step {state.step} of request {request_id}"
             )
         report = self._report(started_s, switched_s)
-        if gpus[0] != self.groups.gpu or not marks_passed(state.request, first_step, state.step):
+        steps_of = self.adapter.info.steps_of(state.request)
+        passed = marks_passed(state.request.previews, steps_of, first_step, state.step)
+        if gpus[0] != self.groups.gpu or not passed:
             return report
         return replace(report, preview=self._preview(state, before, velocity))
 
@@ -149,30 +169,36 @@ class Engine:
     @torch.inference_mode()
     def measure(
         self, request_id: str, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int
-    ) -> tuple[float, float | None, float | None]:
-        """Median seconds of (one step over `gpus`, encode, decode); the last two only for one GPU.
+    ) -> dict[str, float]:
+        """Median seconds by kind of phase: of one step over `gpus`, and for one GPU of the other phases.
 
         All members call it together, as range `seq`; the request is made up and released again. `abandon` it when
         this raises.
         """
-        request = _made_up(shape, warmup + repeats)
-        encode_s = []
-        for _ in range(1 + repeats if len(gpus) == 1 else 1):
-            report, _, _ = self.encode(request_id, request)
-            encode_s.append(report.ended_s - report.started_s)
-        step_s = []
+        editing, alone = self.adapter.info.editing, len(gpus) == 1
+        request = _made_up(shape, warmup + repeats, with_image=bool(editing.max_images) and shape.frames == 1)
+        seconds: dict[str, list[float]] = {}
+
+        def timed(kind: str, report: Report) -> None:
+            seconds.setdefault(kind, []).append(report.ended_s - report.started_s)
+
+        for _ in range(1 + repeats if alone else 1):
+            timed("encode", self.encode(request_id, request)[0])
+        for _ in range(1 + repeats if alone and request.images else 0):
+            timed("encode_image", self.encode_image(request_id, request)[0])
+        # a step as the profile has it: from noise, with no picture beside
+        self.encode(request_id, replace(request, images=()))
         for step in range(warmup + repeats):
-            report = self.denoise(request_id, gpus, step, 1, seq=seq)
-            step_s.append(report.ended_s - report.started_s)
-        decode_s = []
-        for _ in range(1 + repeats if len(gpus) == 1 else 0):
-            report, _ = self.decode(request_id)
-            decode_s.append(report.ended_s - report.started_s)
+            timed("denoise", self.denoise(request_id, gpus, step, 1, seq=seq))
+        for _ in range(1 + repeats if alone else 0):
+            timed("decode", self.decode(request_id)[0])
         self.release(request_id)
-        median = statistics.median
-        if len(gpus) > 1:
-            return median(step_s[warmup:]), None, None
-        return median(step_s[warmup:]), median(encode_s[1:]), median(decode_s[1:])
+        if not alone:
+            del seconds["encode"]
+        return {
+            kind: statistics.median(times[warmup if kind == "denoise" else 1 :])
+            for kind, times in seconds.items()
+        }
 
     def _preview(self, state: RequestState, before: torch.Tensor, velocity: torch.Tensor) -> np.ndarray:
         """What the picture comes to if the flow goes on straight from the last step."""
@@ -222,7 +248,7 @@ class Engine:
         return Report(started_s, time.time(), switched_s - started_s, peak)
 
 
-def _made_up(shape: Shape, steps: int) -> GenerateRequest:
+def _made_up(shape: Shape, steps: int, *, with_image: bool = False) -> GenerateRequest:
     return GenerateRequest(
         "a small red circle",
         shape.height,
@@ -230,4 +256,5 @@ def _made_up(shape: Shape, steps: int) -> GenerateRequest:
         num_inference_steps=steps,
         num_frames=shape.frames,
         seed=0,
+        images=[np.full((shape.height, shape.width, 3), 127, np.uint8)] if with_image else (),
     )

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from tetriserve.request import GenerateRequest
-
 if TYPE_CHECKING:
     from tetriserve.engine.adapter import ModelAdapter
 
@@ -26,11 +24,10 @@ CELLS = 6
 SAMPLES_PER_CHANNEL = 16
 
 
-def marks_passed(request: GenerateRequest, first_step: int, end_step: int) -> bool:
-    """Whether steps `first_step` to `end_step` pass one of the marks that cut the request's steps into equal parts,
-    one mark for each preview."""
-    assert request.num_inference_steps is not None
-    steps, parts = request.num_inference_steps, request.previews + 1
+def marks_passed(previews: int, steps: int, first_step: int, end_step: int) -> bool:
+    """Whether steps `first_step` to `end_step` pass one of the marks that cut a request's steps into equal parts, one
+    mark for each preview."""
+    parts = previews + 1
     marks = (-(-steps * mark // parts) for mark in range(1, parts))
     return any(first_step < mark <= end_step for mark in marks)
 

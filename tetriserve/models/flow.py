@@ -27,3 +27,10 @@ def set_timesteps(sampler: Any, steps: int, mu: float, device: torch.device) -> 
         sigmas = np.linspace(1.0, 1 / steps, steps)
     retrieve_timesteps(sampler, steps, device, sigmas=sigmas, mu=mu)
     sampler.set_begin_index(0)
+
+
+def start_late(sampler: Any, steps: int, left: int) -> None:
+    """Only the last `left` of the `steps` of a sampler; the first of them is next."""
+    sampler.timesteps = sampler.timesteps[steps - left :]
+    sampler.sigmas = sampler.sigmas[steps - left :]
+    sampler.set_begin_index(0)

@@ -1,21 +1,26 @@
-"""FLUX.1 (dev: distilled guidance; schnell: none), after `FluxPipeline`."""
+"""FLUX.1 (dev: distilled guidance; schnell: none), after `FluxPipeline` and `FluxImg2ImgPipeline`; Kontext, after
+`FluxKontextPipeline`."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
-from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
-from tetriserve.models.flow import set_timesteps, shift
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
+from tetriserve.images import Editing
+from tetriserve.models.flow import set_timesteps, shift, start_late
 from tetriserve.request import GenerateRequest, ModelInfo
 
 
 class FluxAdapter(ModelAdapter):
-    pipeline_class = FluxPipeline
+    pipeline_class: ClassVar[Any] = FluxPipeline
     family = "flux"
     dtypes = ("float32", "bfloat16")  # activations of its late blocks leave float16's range: black pictures
+    editing = Editing(max_images=1, default_strength=0.6)
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         config = self.pipeline.transformer.config
@@ -32,6 +37,7 @@ class FluxAdapter(ModelAdapter):
             cfg_field="true_cfg_scale",
             steps=28 if self._distilled else 4,
             default_guidance_scale=3.5 if self._distilled else 0.0,
+            editing=self.editing,
         )
 
     def encode(self, request: GenerateRequest) -> dict[str, torch.Tensor]:
@@ -48,9 +54,25 @@ class FluxAdapter(ModelAdapter):
         return conditioning
 
     def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
-        pipeline, steps = self.pipeline, request.num_inference_steps
-        assert steps is not None
-        latents, _ = pipeline.prepare_latents(
+        latents, *_ = self._prepare(self.pipeline, request, conditioning)
+        return RequestState(request, conditioning, latents, self._sampler(request))
+
+    def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        """Noise over the picture, and the last steps only."""
+        sampler, (picture,) = self._sampler(request), pictures_of(request)
+        assert request.num_inference_steps is not None
+        start_late(sampler, request.num_inference_steps, self.info.steps_of(request))
+        pipeline: Any = FluxImg2ImgPipeline(**self.pipeline.components | {"scheduler": sampler})
+        pixels = pipeline.image_processor.preprocess(picture, request.height, request.width)
+        latents, _ = self._prepare(pipeline, request, conditioning, pixels, sampler.timesteps[:1])
+        return RequestState(request, conditioning, latents, sampler)
+
+    def _prepare(
+        self, pipeline: Any, request: GenerateRequest, conditioning: dict[str, torch.Tensor], *first: Any
+    ) -> Any:
+        """What a pipeline prepares; `first` is what its own takes before everything else."""
+        return pipeline.prepare_latents(
+            *first,
             1,
             pipeline.transformer.config.in_channels // 4,
             request.height,
@@ -59,9 +81,13 @@ class FluxAdapter(ModelAdapter):
             self.device,
             self.generator(request),
         )
+
+    def _sampler(self, request: GenerateRequest) -> Any:
+        assert request.num_inference_steps is not None
         sampler = self.new_sampler()
-        set_timesteps(sampler, steps, shift(sampler.config, latents.shape[1]), self.device)
-        return RequestState(request, conditioning, latents, sampler)
+        mu = shift(sampler.config, self.info.tokens(request.shape))
+        set_timesteps(sampler, request.num_inference_steps, mu, self.device)
+        return sampler
 
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         noise = self._forward(state, timestep, "")
@@ -76,22 +102,54 @@ class FluxAdapter(ModelAdapter):
         return pipeline._unpack_latents(latents, request.height, request.width, pipeline.vae_scale_factor)
 
     def _forward(self, state: RequestState, timestep: torch.Tensor, prefix: str) -> torch.Tensor:
-        request, latents, embeds = state.request, state.latents, state.conditioning[f"{prefix}embeds"]
+        request, latents, conditioning = state.request, state.latents, state.conditioning
+        embeds, ids = (
+            conditioning[f"{prefix}embeds"],
+            self._image_ids(request.height, request.width, latents.dtype),
+        )
         guidance = None
         assert request.guidance_scale is not None
         if self._distilled:
             guidance = torch.full([1], request.guidance_scale, device=self.device, dtype=torch.float32)
-        return self.pipeline.transformer(
-            hidden_states=latents,
+        noise = self.pipeline.transformer(
+            hidden_states=beside(latents, conditioning, "references"),
             timestep=timestep.expand(1).to(latents.dtype) / 1000,
             guidance=guidance,
-            pooled_projections=state.conditioning[f"{prefix}pooled"],
+            pooled_projections=conditioning[f"{prefix}pooled"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=self.device, dtype=latents.dtype),
-            img_ids=self._image_ids(request.height, request.width, latents.dtype),
+            img_ids=beside(ids, conditioning, "reference_ids", dim=0),
             return_dict=False,
         )[0]
+        return noise[:, : latents.shape[1]]
 
     def _make_image_ids(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         token = self.info.token_pixels
         return self.pipeline._prepare_latent_image_ids(1, height // token, width // token, self.device, dtype)
+
+
+class FluxKontextAdapter(FluxAdapter):
+    """A picture to be edited stands beside the one that is made; it also draws without one."""
+
+    pipeline_class = FluxKontextPipeline
+    family = "flux-kontext"
+    editing = Editing(max_images=1, enlarges=True)
+
+    def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        latents, *_ = self._prepare(self.pipeline, request, conditioning, None)
+        return RequestState(request, conditioning, latents, self._sampler(request))
+
+    def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        state, processor, (picture,) = (
+            self.begin(request, conditioning),
+            self.pipeline.image_processor,
+            pictures_of(request),
+        )
+        height, width = processor.get_default_height_width(picture)
+        aspect, side = width / height, self.info.token_pixels
+        # those that Kontext was trained on, as the pipeline chooses
+        _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        pixels = processor.preprocess(picture, height // side * side, width // side * side)
+        _, references, _, ids = self._prepare(self.pipeline, request, conditioning, pixels)
+        state.conditioning |= {"references": references, "reference_ids": ids}
+        return state

@@ -9,9 +9,13 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
+from tetriserve.images import Editing
 from tetriserve.models.flow import set_timesteps
 from tetriserve.request import GenerateRequest, ModelInfo
+
+MAX_REFERENCES = 10
+"""As many as Black Forest Labs say it can keep apart."""
 
 
 class Flux2Adapter(ModelAdapter):
@@ -29,6 +33,7 @@ class Flux2Adapter(ModelAdapter):
             text_tokens=self._text_tokens,
             heads=config.num_attention_heads,
             cfg_field="guidance_scale",
+            editing=Editing(max_images=MAX_REFERENCES),
             **of_model,
         )
 
@@ -60,6 +65,21 @@ class Flux2Adapter(ModelAdapter):
         set_timesteps(sampler, steps, mu, self.device)
         return RequestState(request, conditioning, latents, sampler)
 
+    def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        """With references, which are made smaller where they are large, as the pipeline does it."""
+        state, pipeline, side = self.begin(request, conditioning), self.pipeline, self.info.token_pixels
+        processor, most, prepared = pipeline.image_processor, self.info.editing.reference_pixels, []
+        for picture in pictures_of(request):
+            if picture.width * picture.height > most:
+                picture = processor._resize_to_target_area(picture, most)
+            height, width = picture.height // side * side, picture.width // side * side
+            prepared.append(processor.preprocess(picture, height=height, width=width, resize_mode="crop"))
+        references, ids = pipeline.prepare_image_latents(
+            prepared, 1, self.generator(request), self.device, pipeline.vae.dtype
+        )
+        state.conditioning |= {"references": references, "reference_ids": ids}
+        return state
+
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         noise = self._forward(state, timestep, "embeds")
         if self.info.guided(state.request):
@@ -83,16 +103,19 @@ class Flux2Adapter(ModelAdapter):
         return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
     def _forward(self, state: RequestState, timestep: torch.Tensor, text: str) -> torch.Tensor:
-        request, token, embeds = state.request, self.info.token_pixels, state.conditioning[text]
-        return self.pipeline.transformer(
-            hidden_states=state.latents.to(self.pipeline.transformer.dtype),
-            timestep=timestep.expand(1).to(state.latents.dtype) / 1000,
+        request, latents, conditioning = state.request, state.latents, state.conditioning
+        token, embeds = self.info.token_pixels, conditioning[text]
+        ids = self._image_ids(request.height // token, request.width // token)
+        noise = self.pipeline.transformer(
+            hidden_states=beside(latents, conditioning, "references").to(self.pipeline.transformer.dtype),
+            timestep=timestep.expand(1).to(latents.dtype) / 1000,
             guidance=self._guidance(request),
             encoder_hidden_states=embeds,
             txt_ids=self.pipeline._prepare_text_ids(embeds).to(self.device),
-            img_ids=self._image_ids(request.height // token, request.width // token),
+            img_ids=beside(ids, conditioning, "reference_ids"),
             return_dict=False,
         )[0]
+        return noise[:, : latents.shape[1]]
 
     def _guidance(self, request: GenerateRequest) -> torch.Tensor | None:
         """What the transformer is told of it."""

@@ -16,10 +16,14 @@ from tetriserve.engine.adapter import ModelAdapter, ModelLimits
 from tetriserve.engine.kernels import Kernel
 from tetriserve.errors import ConfigError
 from tetriserve.models.embedded import EMBEDDED, embedded_folder
-from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.flux import FluxAdapter, FluxKontextAdapter
 from tetriserve.models.flux2 import Flux2DevAdapter, Flux2KleinAdapter
 from tetriserve.models.hunyuan_video import HunyuanVideo15Adapter
-from tetriserve.models.qwen_image import QwenImageAdapter
+from tetriserve.models.qwen_image import (
+    QwenImageAdapter,
+    QwenImageEditAdapter,
+    QwenImageEditPlusAdapter,
+)
 from tetriserve.models.sd3 import SD3Adapter
 from tetriserve.models.wan import WanAdapter
 from tetriserve.models.z_image import ZImageAdapter
@@ -28,10 +32,13 @@ ADAPTERS: dict[str, type[ModelAdapter]] = {
     adapter.pipeline_class.__name__: adapter
     for adapter in (
         FluxAdapter,
+        FluxKontextAdapter,
         Flux2DevAdapter,
         Flux2KleinAdapter,
         HunyuanVideo15Adapter,
         QwenImageAdapter,
+        QwenImageEditAdapter,
+        QwenImageEditPlusAdapter,
         SD3Adapter,
         WanAdapter,
         ZImageAdapter,

@@ -1,11 +1,20 @@
-"""Qwen-Image (2512 too), after `QwenImagePipeline`."""
+"""Qwen-Image (2512 too), after `QwenImagePipeline`; Qwen-Image-Edit, after `QwenImageEditPipeline`, and its later
+ones (2509, 2511), after `QwenImageEditPlusPipeline`."""
 
 from __future__ import annotations
 
-import torch
-from diffusers import QwenImagePipeline
+from typing import Any, ClassVar
 
-from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    calculate_dimensions,
+)
+from PIL import Image
+
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
+from tetriserve.images import NO_EDITING, Editing
 from tetriserve.models.flow import set_timesteps, shift
 from tetriserve.models.wan_vae import frames
 from tetriserve.request import GenerateRequest, ModelInfo
@@ -14,9 +23,10 @@ from tetriserve.request import GenerateRequest, ModelInfo
 class QwenImageAdapter(ModelAdapter):
     """Double blocks throughout; guidance only beside a negative prompt, as in the pipeline."""
 
-    pipeline_class = QwenImagePipeline
+    pipeline_class: ClassVar[Any] = QwenImagePipeline
     family = "qwen-image"
     dtypes = ("float32", "bfloat16")
+    editing = NO_EDITING
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
@@ -31,6 +41,7 @@ class QwenImageAdapter(ModelAdapter):
             steps=50,
             default_guidance_scale=0.0,
             default_true_cfg_scale=4.0,
+            editing=self.editing,
         )
 
     @property
@@ -45,26 +56,38 @@ class QwenImageAdapter(ModelAdapter):
         conditioning = {}
         for name, prompt in prompts.items():
             conditioning[name], mask = self.pipeline.encode_prompt(
-                prompt=prompt, device=self.device, max_sequence_length=self._text_tokens
+                prompt=prompt,
+                device=self.device,
+                max_sequence_length=self._text_tokens,
+                **self._seen_by_encoder(request),
             )
             assert mask is None
         return conditioning
 
+    def _seen_by_encoder(self, request: GenerateRequest) -> dict[str, Any]:
+        """What the text encoder gets beside the prompt."""
+        return {}
+
     def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
-        pipeline, steps = self.pipeline, request.num_inference_steps
-        assert steps is not None
-        latents = pipeline.prepare_latents(
+        latents = self._prepare(request, conditioning)
+        sampler = self.new_sampler()
+        assert request.num_inference_steps is not None
+        mu = shift(sampler.config, self.info.tokens(request.shape))
+        set_timesteps(sampler, request.num_inference_steps, mu, self.device)
+        return RequestState(request, conditioning, latents, sampler)
+
+    def _prepare(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor], *images: Any) -> Any:
+        """What the pipeline prepares, with `images` where it takes some."""
+        return self.pipeline.prepare_latents(
+            *images,
             1,
-            pipeline.transformer.config.in_channels // 4,
+            self.pipeline.transformer.config.in_channels // 4,
             request.height,
             request.width,
             conditioning["embeds"].dtype,
             self.device,
             self.generator(request),
         )
-        sampler = self.new_sampler()
-        set_timesteps(sampler, steps, shift(sampler.config, latents.shape[1]), self.device)
-        return RequestState(request, conditioning, latents, sampler)
 
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         noise = self._forward(state, timestep, "embeds")
@@ -86,13 +109,69 @@ class QwenImageAdapter(ModelAdapter):
         return frames(self.pipeline.vae, latents.unsqueeze(2))[:, :, 0]
 
     def _forward(self, state: RequestState, timestep: torch.Tensor, text: str) -> torch.Tensor:
-        request, latents, token = state.request, state.latents, self.info.token_pixels
-        return self.pipeline.transformer(
-            hidden_states=latents,
+        request, latents, conditioning = state.request, state.latents, state.conditioning
+        token = self.info.token_pixels
+        shapes = [(1, request.height // token, request.width // token)]
+        noise = self.pipeline.transformer(
+            hidden_states=beside(latents, conditioning, "references"),
             timestep=timestep.expand(1).to(latents.dtype) / 1000,
             guidance=None,
-            encoder_hidden_states=state.conditioning[text],
+            encoder_hidden_states=conditioning[text],
             encoder_hidden_states_mask=None,
-            img_shapes=[[(1, request.height // token, request.width // token)]],
+            img_shapes=[[*shapes, *conditioning.get("reference_shapes", ())]],
             return_dict=False,
         )[0]
+        return noise[:, : latents.shape[1]]
+
+
+class QwenImageEditPlusAdapter(QwenImageAdapter):
+    """The text encoder sees the pictures too, small, and they stand beside the one that is made."""
+
+    pipeline_class: ClassVar[Any] = QwenImageEditPlusPipeline
+    family = "qwen-image-edit-plus"
+    editing = Editing(max_images=4, enlarges=True)
+    encoder_pixels = CONDITION_IMAGE_SIZE
+
+    def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        state, processor = self.begin(request, conditioning), self.pipeline.image_processor
+        token, pixels = self.info.token_pixels, []
+        for picture in pictures_of(request):
+            width, height = _sides(picture, self.info.editing.reference_pixels)
+            pixels.append(processor.preprocess(picture, height, width).unsqueeze(2))
+        _, references = super()._prepare(request, conditioning, self._as_taken(pixels))
+        shapes = [(1, one.shape[-2] // token, one.shape[-1] // token) for one in pixels]
+        state.conditioning |= {"references": references, "reference_shapes": shapes}
+        return state
+
+    def _seen_by_encoder(self, request: GenerateRequest) -> dict[str, Any]:
+        resized = []
+        for picture in pictures_of(request):
+            width, height = _sides(picture, self.encoder_pixels)
+            resized.append(self.pipeline.image_processor.resize(picture, height, width))
+        return {"image": self._as_taken(resized)}
+
+    def _prepare(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor], *images: Any) -> Any:
+        latents, _ = super()._prepare(request, conditioning, None)
+        return latents
+
+    def _as_taken(self, images: list[Any]) -> Any:
+        """By the pipeline."""
+        return images or None
+
+
+class QwenImageEditAdapter(QwenImageEditPlusAdapter):
+    """The first one: a single picture, which the text encoder sees as large as the transformer."""
+
+    pipeline_class = QwenImageEditPipeline
+    family = "qwen-image-edit"
+    editing = Editing(max_images=1, enlarges=True)
+    encoder_pixels = editing.reference_pixels
+
+    def _as_taken(self, images: list[Any]) -> Any:
+        return images[0] if images else None
+
+
+def _sides(picture: Image.Image, area: int) -> tuple[int, int]:
+    """(width, height) of about that area, as these pipelines choose them."""
+    width, height = calculate_dimensions(area, picture.width / picture.height)
+    return width, height

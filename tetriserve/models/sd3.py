@@ -1,17 +1,18 @@
-"""Stable Diffusion 3 and 3.5, after `StableDiffusion3Pipeline`."""
+"""Stable Diffusion 3 and 3.5, after `StableDiffusion3Pipeline` and `StableDiffusion3Img2ImgPipeline`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
-from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, pictures_of
 from tetriserve.engine.sequence import ShardPlan
-from tetriserve.models.flow import shift
+from tetriserve.images import Editing
+from tetriserve.models.flow import shift, start_late
 from tetriserve.request import GenerateRequest, ModelInfo
 
 CUT_OUTPUT = ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)
@@ -34,6 +35,7 @@ class SD3Adapter(ModelAdapter):
             max_side=config.pos_embed_max_size * side,
             steps=28,
             default_guidance_scale=7.0,
+            editing=Editing(max_images=1, default_strength=0.6),
         )
 
     def shard_plan(self, transformer: Any) -> ShardPlan:
@@ -71,13 +73,33 @@ class SD3Adapter(ModelAdapter):
             self.device,
             self.generator(request),
         )
+        return RequestState(request, conditioning, latents, self._sampler(request))
+
+    def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
+        """Noise over the picture, and the last steps only."""
+        sampler, (picture,) = self._sampler(request), pictures_of(request)
+        assert request.num_inference_steps is not None
+        start_late(sampler, request.num_inference_steps, self.info.steps_of(request))
+        pipeline: Any = StableDiffusion3Img2ImgPipeline(**self.pipeline.components | {"scheduler": sampler})
+        latents = pipeline.prepare_latents(
+            pipeline.image_processor.preprocess(picture, request.height, request.width),
+            sampler.timesteps[:1],
+            1,
+            1,
+            conditioning["embeds"].dtype,
+            self.device,
+            self.generator(request),
+        )
+        return RequestState(request, conditioning, latents, sampler)
+
+    def _sampler(self, request: GenerateRequest) -> Any:
         sampler = self.new_sampler()
         config = sampler.config
         shift_by: dict[str, Any] = {}
         if config.get("use_dynamic_shifting"):
             shift_by["mu"] = shift(config, self.info.tokens(request.shape), max_shift=1.16)
         retrieve_timesteps(sampler, request.num_inference_steps, self.device, **shift_by)
-        return RequestState(request, conditioning, latents, sampler)
+        return sampler
 
     def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         guided = self.info.guided(state.request)

@@ -123,7 +123,12 @@ def explain(
             left -= ran.steps
         else:
             verdict, reason = ran.kind, f"{ran.kind} runs on one GPU"
-            planned_s = planned.encode_s if ran.kind == "encode" else planned.decode_s
+            one_gpu_s = {
+                "encode": planned.encode_s,
+                "encode_image": planned.encode_image_s,
+                "decode": planned.decode_s,
+            }
+            planned_s = one_gpu_s[ran.kind]
             if ran.kind == "decode":
                 end_s = start_s + planned_s
         explained.append(
@@ -252,7 +257,7 @@ def of_metrics(metrics: Mapping[str, Any]) -> list[str]:
     ]
     rows = explain(
         schedule,
-        PlannedWith(told["encode_s"], step_s, told["decode_s"]),
+        PlannedWith(told["encode_s"], step_s, told["decode_s"], told.get("encode_image_s", 0.0)),
         sum(ran.steps for ran in schedule if ran.kind == "denoise"),
         metrics["slo_s"],
         arrival_s=metrics["arrival_s"],

@@ -66,6 +66,9 @@ class LiveProfile:
     def encode_s(self, shape: Shape) -> float:
         return self.profile.encode_s(shape)
 
+    def encode_image_s(self, shape: Shape) -> float:
+        return self.profile.encode_image_s(shape)
+
     def decode_s(self, shape: Shape) -> float:
         return self.profile.decode_s(shape)
 
