@@ -439,6 +439,7 @@ class Progress:
     Two are equal when the request is equally far.
 
     Attributes:
+        ahead: while nothing of it has run, how many open requests are to be finished before it, as planned now.
         predicted_finish_s: seconds from now until the result, as planned now; None when nobody can say.
         preview: uint8 [height / 8, width / 8, 3], the newest one, where the request asks for previews and this stream
             has not yielded it before.
@@ -450,6 +451,7 @@ class Progress:
     steps: int
     predicted_finish_s: float | None = field(default=None, compare=False)
     preview: np.ndarray | None = field(default=None, compare=False, repr=False)
+    ahead: int = 0
 
 
 @dataclass(frozen=True)

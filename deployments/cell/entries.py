@@ -92,7 +92,7 @@ class Entry:
         assert self.request.request_id is not None
         return self.request.request_id
 
-    def progress(self, finish_s: float, now_s: float) -> Progress:
+    def progress(self, finish_s: float, now_s: float, ahead: int) -> Progress:
         """How far it is; `finish_s` is when it is expected to end, infinite when nobody can say."""
         return Progress(
             self.name,
@@ -101,6 +101,7 @@ class Entry:
             self.steps,
             predicted_finish_s=finish_s - now_s if finish_s < math.inf else None,
             preview=self.preview,
+            ahead=ahead,
         )
 
     def predict(self, finish_s: float) -> None:

@@ -38,6 +38,9 @@ from tetriserve.scheduler.history import Plan
 from tetriserve.scheduler.live_profile import LiveProfile
 from tetriserve.scheduler.rounds import RoundScheduler
 
+PLACE_S = 1.0
+"""How often who waits is told of a new place in the queue."""
+
 
 class Scheduler:
     """Ray actor (asyncio). One per cell; owns the cell's GPU replica actors.
@@ -102,7 +105,8 @@ class Scheduler:
     async def stream(
         self, request: GenerateRequest, call_id: str
     ) -> AsyncIterator[Progress | GenerateResult]:
-        """Progress after the first plan and after every committed range, then the result.
+        """Progress after the first plan, when its place in the queue changed, and after every committed range; then
+        the result.
 
         Who is slow to take it gets the newest, not all of it.
         """
@@ -116,12 +120,17 @@ class Scheduler:
                 shown = last is not None and progress.preview is last.preview
                 last = progress
                 yield replace(progress, preview=None) if shown else progress
-            await changed.wait()
+            # no plan of others tells it that its place is another
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(changed.wait(), PLACE_S if entry.phase == "queue" else None)
         yield entry.result.result()
 
     def _progress(self, entry: Entry) -> Progress:
-        now_s = time.monotonic()
-        return entry.progress(self._state.rounds.predictions.finish_s(entry.id, now_s), now_s)
+        now_s, finish_s = time.monotonic(), self._state.rounds.predictions.finish_s
+        own_s, ahead = finish_s(entry.id, now_s), 0
+        if entry.phase == "queue":
+            ahead = sum(finish_s(other, now_s) < own_s for other in self._requests.entries)
+        return entry.progress(own_s, now_s, ahead)
 
     async def cancel(self, request_id: str, call_id: str) -> bool:
         """`Requests.cancel`."""

@@ -114,7 +114,8 @@ async def events(
                     sent[picture] += 1
                     shown_steps[picture] = item.steps_done
                 if request.progress:
-                    yield _event(f"{request.events}.progress", about | {"phase": item.phase})
+                    more = {"phase": item.phase, "ahead": item.ahead}
+                    yield _event(f"{request.events}.progress", about | more)
             elif isinstance(item, GenerateResult):
                 steps = sum(part.steps for part in item.metrics.steps)
                 about |= _steps(Progress(item.request_id, "decode", steps, steps, predicted_finish_s=0.0))

@@ -65,7 +65,7 @@ TimelineSeconds = Annotated[int, Query(ge=1, le=int(KEPT_S), description="How fa
 PAGE = StaticFiles(directory=Path(__file__).parent / "page")
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",  # a browser asks every time, with the ETag, whether it is still the same
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from live_server import Server, wait_until, write_config
+from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
@@ -172,11 +178,12 @@ def test_previews_change_until_the_picture_is_there(page: Page) -> None:
     assert picture[:2] == [1024, ""] and picture[2] not in previews
 
 
-def test_a_streamed_answer_shows_progress_previews_and_the_result(page: Page) -> None:
+def test_a_streamed_answer_shows_progress_previews_and_the_result(page: Page, server: Server) -> None:
     """Its events as the contract has them, cut anywhere."""
-    done = generate(page, Size="256x256", Steps="2")
-    expect(done.locator(".path")).to_be_visible(timeout=ANSWER_MS)
-    b64 = done.locator("img").get_attribute("src").split(",")[1]
+    asked = {"prompt": "a red circle", "size": "256x256", "num_inference_steps": 2}
+    b64 = httpx.post(f"{server.url}/v1/images/generations", json=asked, timeout=60).json()["data"][0][
+        "b64_json"
+    ]
     steps = {"picture": 0, "steps": 8, "steps_done": 4, "predicted_finish_s": 1.5}
     metrics = {
         "stage_durations": {"queue": 0.1, "encode": 0.1, "denoise": 0.2, "decode": 0.1, "total": 0.5},
@@ -188,7 +195,8 @@ def test_a_streamed_answer_shows_progress_previews_and_the_result(page: Page) ->
     }
     partial = {"type": "image_generation.partial_image", "b64_json": b64, **steps}
     completed = {"type": "image_generation.completed", "b64_json": b64, "metrics": metrics} | steps
-    begin = [{"type": "image_generation.progress", **steps}, partial]
+    waiting = {"type": "image_generation.progress", "phase": "queue", "ahead": 3, **steps, "steps_done": 0}
+    begin = [waiting, {"type": "image_generation.progress", **steps}, partial]
     failed = {"error": {"message": "denoise failed", "type": "server_error", "param": None, "code": "x"}}
 
     def answer(*events: dict[str, Any]) -> None:
@@ -205,6 +213,17 @@ def test_a_streamed_answer_shows_progress_previews_and_the_result(page: Page) ->
     card = generate(page, Size="256x256")
     expect(card.locator(".path")).to_have_text("3 steps on GPU 05 steps on 2 GPUs")
     expect(card.locator(".state")).to_have_text("0.50 s, on time")
+    answer(waiting, failed)
+    page.evaluate(
+        """() => {
+            window.told = [];
+            new MutationObserver(() => window.told.push(document.querySelector(".state").textContent))
+                .observe(document.getElementById("results"), {subtree: true, childList: true});
+        }"""
+    )
+    card = generate(page, Size="256x256")
+    expect(card.locator(".state")).to_have_text("Denoise failed.")
+    assert "Waiting, 3 ahead, 0 of 8 steps, about 1.50 s to go" in page.evaluate("window.told")
     answer(*begin, failed)
     card = generate(page, Size="256x256")
     expect(card.locator(".state")).to_have_text("Denoise failed.")
@@ -244,8 +263,112 @@ def test_the_key_is_asked_for_and_kept_for_the_tab(page: Page) -> None:
     assert page.evaluate("Object.keys(localStorage).length") == 0
 
 
+def test_pictures_are_kept_in_the_browser_until_they_are_removed(page: Page) -> None:
+    card = generate(page, Size="256x256", Steps="2", Seed="5", Prompt="a small blue ring")
+    expect(card.get_by_role("link", name="Download")).to_be_visible(timeout=ANSWER_MS)
+    with page.expect_download() as download:
+        card.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename == "tetriserve-5.png"
+    with Image.open(download.value.path()) as first:
+        pixels = np.asarray(first)
+    assert pixels.shape == (256, 256, 3)
+    with page.context.expect_page() as opened:
+        card.get_by_role("link", name="Open").click()
+    opened.value.close()
+    card.get_by_role("button", name="Another seed").click()
+    expect(page.locator(".card")).to_have_count(2)
+    expect(page.locator(".card").first.get_by_role("link", name="Open")).to_be_visible(timeout=ANSWER_MS)
+    expect(page.locator(".card").first.locator(".hint")).not_to_have_text("seed 5")
+
+    page.reload()
+    expect(page.locator(".card")).to_have_count(2, timeout=AWAY_MS)
+    again = page.locator(".card").last  # newest first
+    expect(again.locator(".hint")).to_have_text("seed 5")
+    assert again.locator("img").evaluate("image => image.complete && image.naturalWidth") == 256
+    again.get_by_role("button", name="Remove").click()
+    page.reload()
+    expect(page.locator(".card")).to_have_count(1, timeout=AWAY_MS)
+    page.get_by_role("button", name="Remove all").click()
+    expect(page.locator(".card")).to_have_count(0)
+    page.reload()
+    expect(page.locator("#size option").first).to_be_attached(timeout=AWAY_MS)
+    expect(page.locator(".card")).to_have_count(0)
+
+
+def test_a_request_can_be_copied_as_a_command_and_a_program(
+    page: Page, server: Server, tmp_path: Path
+) -> None:
+    """Both make the same picture, with quotes and dollars in the prompt."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    prompt = """it's a "small" $HOME circle \\ red"""
+    card = generate(page, Size="256x256", Steps="2", Seed="5", Prompt=prompt)
+    expect(card.get_by_role("button", name="Copy curl")).to_be_visible(timeout=ANSWER_MS)
+
+    def copied(name: str) -> str:
+        card.get_by_role("button", name=name).click()
+        expect(page.locator("#announcement")).to_contain_text("is copied")
+        page.evaluate("document.getElementById('announcement').textContent = ''")
+        return str(page.evaluate("navigator.clipboard.readText()"))
+
+    asked = {"prompt": prompt, "size": "256x256", "num_inference_steps": 2, "seed": 5}
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=asked, timeout=60).json()
+    picture = answer["data"][0]["b64_json"]
+    curl, _, _ = copied("Copy curl").partition(" | jq")
+    answered = subprocess.run(["bash", "-c", curl], capture_output=True, check=True)
+    assert json.loads(answered.stdout)["data"][0]["b64_json"] == picture
+    program = copied("Copy Python")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    assert base64.b64encode((tmp_path / "picture0.png").read_bytes()).decode() == picture
+
+
+def test_a_picture_is_edited_by_dropping_it(page: Page, server: Server, tmp_path: Path) -> None:
+    made = generate(page, Size="256x256", Steps="4", Seed="1")
+    expect(made.get_by_role("button", name="Edit")).to_be_visible(timeout=ANSWER_MS)
+    assert page.locator("#strength-field").is_hidden()
+    made.get_by_role("button", name="Edit").click()
+    expect(page.locator("#inputs img")).to_have_count(1)
+    page.get_by_role("button", name="Remove tetriserve-1.png").click()
+    expect(page.locator("#inputs img")).to_have_count(0)
+
+    Image.fromarray(np.full((300, 200, 3), 90, np.uint8)).save(tmp_path / "grey.png")
+    content = base64.b64encode((tmp_path / "grey.png").read_bytes()).decode()
+    page.evaluate(
+        """content => {
+            const bytes = Uint8Array.from(atob(content), (char) => char.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "grey.png", { type: "image/png" }));
+            for (const kind of ["dragover", "drop"]) {
+                const about = { dataTransfer: data, bubbles: true, cancelable: true };
+                document.body.dispatchEvent(new DragEvent(kind, about));
+            }
+        }""",
+        content,
+    )
+    expect(page.locator("#inputs img")).to_have_count(1)
+    page.get_by_label("Made anew").fill("0.5")
+    with page.expect_request("**/v1/images/edits") as sent:
+        card = generate(page, Size="auto", Steps="4", Seed="1")
+    assert sent.value.method == "POST"
+    expect(card.locator(".path")).to_contain_text("2 steps on GPU", timeout=ANSWER_MS)
+    assert card.locator("img").evaluate("image => [image.naturalWidth, image.naturalHeight]") == [192, 304]
+    page.reload()
+    expect(page.locator(".card").first.locator(".path")).to_contain_text("2 steps on GPU", timeout=AWAY_MS)
+    # and again, with the picture that was kept with it
+    page.locator(".card").first.get_by_role("button", name="Another seed").click()
+    expect(page.locator(".card").first.locator(".path")).to_contain_text("2 steps", timeout=ANSWER_MS)
+
+
+def test_only_sizes_that_the_model_allows(page: Page, server: Server) -> None:
+    sizes = page.locator("#size option").evaluate_all("options => options.map(one => one.value)")
+    assert {"256x256", "512x512", "1024x1024"} <= set(sizes)
+    assert not any(int(size.split("x")[0]) > 2048 for size in sizes)
+    for size in sizes[:: len(sizes) // 4]:
+        asked = {"prompt": "a", "size": size, "num_inference_steps": 1}
+        assert httpx.post(f"{server.url}/v1/images/generations", json=asked, timeout=60).status_code == 200
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1280, 360, 3840])
 def test_axe_finds_nothing_serious(page: Page, scheme: Any, width: int) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})
@@ -253,6 +376,15 @@ def test_axe_finds_nothing_serious(page: Page, scheme: Any, width: int) -> None:
     found = Axe().run(page).response["violations"]
     bad = [(rule["id"], rule["help"]) for rule in found if rule["impact"] in ("serious", "critical")]
     assert bad == []
+    # the results are where the room is
+    board, results = (page.locator(name).bounding_box() for name in (".watch", ".pictures"))
+    assert board and results
+    if width == 3840:
+        assert results["x"] > board["x"] + board["width"]
+    elif width == 1280:
+        assert results["x"] == board["x"] and results["y"] > board["y"]
+    else:
+        assert results["width"] > 320 and results["y"] < board["y"]
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow == 0
 

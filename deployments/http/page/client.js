@@ -11,6 +11,8 @@ export function keepKey(key) {
   keys.dispatchEvent(new Event("changed"));
 }
 
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+
 /** The server answered, and said no. `status` is HTTP's. */
 export class Refused extends Error {
   constructor(message, status) {
