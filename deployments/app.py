@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
 from deployments.cell.cell import Cell
 from deployments.config import AppArgs
 from deployments.http.ingress import Ingress
+from deployments.http.keys import load_keys
 from deployments.http.pictures import Pictures
+from deployments.replacing import check_replacement
+from tetriserve.errors import ConfigError
 
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
@@ -29,9 +34,21 @@ SUPERVISION: dict[str, Any] = {
 """How Serve looks after each of the deployments."""
 
 
+class NotBuilt(ConfigError, RayServeException):
+    """A `ConfigError` as Serve understands it: said in a line, not tried again, and nothing that runs is touched."""
+
+
 def build(args: dict[str, Any]) -> Application:
-    """`Ingress` over `Cell` and `Pictures`. Raises `ConfigError`, one line, naming the first wrong key of `args`."""
-    parsed = AppArgs.parse(args)
+    """`Ingress` over `Cell` and `Pictures`. Raises `ConfigError`, one line, naming the first wrong key of `args`, or
+    what of it this cluster does not have while other cells run."""
+    try:
+        parsed = AppArgs.parse(args)
+        if parsed.http.api_keys_file is not None and Path(parsed.http.api_keys_file).exists():
+            # an ingress that fails for them would not be built again from the same file, once they are mended
+            load_keys(parsed.http)
+        check_replacement(parsed)
+    except ConfigError as error:
+        raise NotBuilt(error.message) from None
     cell = serve.deployment(
         name="Cell",
         # the Serve replica only talks; the scheduler actor takes the CPUs of bundle 0 that both live in

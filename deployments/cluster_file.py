@@ -14,8 +14,10 @@ from pydantic import ValidationError
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.config import AppArgs
+from deployments.http.keys import load_keys
 from tetriserve.errors import ConfigError
 from tetriserve.models.embedded import EMBEDDED
+from tetriserve.profile import Profile
 
 INSTALLED = Path(__file__).parent.parent
 """Where this package and its cluster files are."""
@@ -77,6 +79,17 @@ def _refuse_unknown(path: str, prefix: str, body: dict[str, Any], schema: Any) -
 
 def check_machine(args: AppArgs) -> None:
     """Raise `ConfigError` for what can be known to fail here before anything is started."""
+    check_paths(args)
+    if args.cell.device == "cuda":
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < args.cell.gpus:
+            raise ConfigError(f"args.cell: {args.cell.gpus} CUDA devices wanted, {found} found")
+
+
+def check_paths(args: AppArgs) -> None:
+    """Raise `ConfigError` for files that are named and not there, or not what they should be."""
     model = args.model.path
     if model not in EMBEDDED:
         is_hub_id = re.fullmatch(HUB_ID, model)
@@ -88,12 +101,12 @@ def check_machine(args: AppArgs) -> None:
     for index, lora in enumerate(args.model.loras):
         if not Path(lora.path).exists() and not re.fullmatch(HUB_ID, lora.path):
             raise ConfigError(f"args.model.loras.{index}.path: no such file or folder: {lora.path}")
-    if args.cell.device == "cuda":
-        import torch
-
-        found = torch.cuda.device_count()
-        if found < args.cell.gpus:
-            raise ConfigError(f"args.cell: {args.cell.gpus} CUDA devices wanted, {found} found")
+    if args.profile.path is not None:
+        missing = set(args.cell.all_degrees) - set(Profile.load(args.profile.path).degrees)
+        if missing:
+            raise ConfigError(f"args.profile.path: {args.profile.path} has no degrees {sorted(missing)}")
+    if args.http.api_keys_file is not None:
+        load_keys(args.http)
 
 
 def with_whole_paths(args: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ they are; nothing below `deployments` imports them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -274,6 +275,11 @@ class AppArgs(_Section):
     scheduler: SchedulerArgs = SchedulerArgs()
     profile: ProfileArgs = ProfileArgs()
     http: HTTPArgs = HTTPArgs()
+
+    def turned(self, section: str, knobs: Mapping[str, Any]) -> AppArgs:
+        """With other knobs in a section. Raises `ConfigError` naming the first wrong one."""
+        body = self.model_dump(exclude_unset=True)
+        return self.parse(body | {section: body.get(section, {}) | dict(knobs)})
 
     @classmethod
     def parse(cls, args: dict[str, Any]) -> AppArgs:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import math
 import secrets
 import time
 import uuid
@@ -45,6 +46,9 @@ CELL_RETURN_S = 900.0
 """How long an accepted request waits for a cell to come back; it has to load the weights again."""
 CELL_POLL_S = 0.5
 RESUBMIT_PAUSE_S = 0.5
+FIRST_START_S = 15.0
+"""What a cell takes to start, until one has said what it took."""
+LONGEST_PAUSE_S = 120.0
 MAX_RESUBMISSIONS = 5
 """A request that took so many cells with it is not given another."""
 
@@ -68,6 +72,8 @@ class Router:
         self._checked_s = float("-inf")
         self.way_back = WayBack()
         self._memory = HostMemory()
+        self._start_s = FIRST_START_S
+        self._seen_s = time.monotonic()
         self.answering = 0
 
     # -- the Python handle ---------------------------------------------------------------------------------
@@ -178,7 +184,7 @@ class Router:
 
     async def statuses(self) -> list[CellStatus]:
         """Every cell that answers. Raises `NotReady` if no cell runs or none answers in time."""
-        with self._blaming_memory():
+        with self._not_ready_as_known():
             try:
                 try:
                     answers = await self._cell.broadcast("status").results_async(
@@ -191,21 +197,27 @@ class Router:
                 raise NotReady(f"no cell answers within {STATUS_TIMEOUT_S:g} s") from None
             except Exception as error:
                 raise _unanswered(error) from error
-        return [answer for answer in answers if isinstance(answer, CellStatus)]
+        statuses = [answer for answer in answers if isinstance(answer, CellStatus)]
+        if any(status.ready for status in statuses):
+            self._start_s = max(status.started_in_s for status in statuses if status.ready)
+            self._seen_s = time.monotonic()
+        return statuses
 
     @contextlib.contextmanager
-    def _blaming_memory(self) -> Iterator[None]:
-        """A `NotReady` from inside also says so where memory is the likely reason."""
+    def _not_ready_as_known(self) -> Iterator[None]:
+        """A `NotReady` from inside also says when a cell may be back, and so where memory is the likely reason."""
         try:
             yield
         except NotReady as error:
-            raise NotReady(f"{error.message}{self._memory.shortage()}", error.retry_after_s) from error
+            left_s = min(self._start_s - (time.monotonic() - self._seen_s), LONGEST_PAUSE_S)
+            after_s = max(error.retry_after_s, math.ceil(left_s))
+            raise NotReady(f"{error.message}{self._memory.shortage()}", after_s) from error
 
     async def model_info(self) -> ModelInfo:
         """The served model; asked once. Raises `NotReady` while no cell has loaded it."""
         if self._info is not None:
             return self._info
-        with self._blaming_memory():
+        with self._not_ready_as_known():
             info: ModelInfo = await self._ask_one("model_info", "the model is still loading")
         self._info = info
         return info
@@ -273,7 +285,8 @@ class Router:
         if time.monotonic() - self._checked_s > STATUS_AGE_S:
             statuses = await self.statuses()
             if not any(status.ready for status in statuses):
-                raise NotReady(why_not_ready(statuses))
+                with self._not_ready_as_known():
+                    raise NotReady(why_not_ready(statuses))
             self._checked_s = time.monotonic()
         return dataclasses.replace(
             request,

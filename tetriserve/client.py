@@ -125,7 +125,9 @@ def describe(file: str, size: str, elapsed_s: float, metrics: dict[str, Any]) ->
         f"{part['steps']} steps SP{part['degree']} [{','.join(map(str, part['gpus']))}]"
         for part in metrics["steps"]
     )
-    return [f"{file}  {size}  seed {metrics['seed']}  {elapsed_s:.2f} s  {deadline}", f"  {path}"]
+    lines = [f"{file}  {size}  seed {metrics['seed']}  {elapsed_s:.2f} s  {deadline}", f"  {path}"]
+    cut = metrics.get("truncated")
+    return [*lines, f"  too long, the end was not read: {', '.join(cut)}"] if cut else lines
 
 
 def live_profile(url: str) -> Profile:

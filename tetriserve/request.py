@@ -404,6 +404,7 @@ class Metrics:
         slo_met: by `response_s`; in the cell by `total_s` and what the way back was expected to take.
         degraded: what was not computed as by the model as published, such as "int8" weights.
         ignored: what the request asked for that changed nothing.
+        truncated: fields, of `prompt` and `negative_prompt`, whose ends no text encoder saw.
     """
 
     queue_s: float
@@ -424,6 +425,7 @@ class Metrics:
     predicted_s: float | None = None
     degraded: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    truncated: tuple[str, ...] = ()
     response_s: float | None = None
 
     def answered(self, response_s: float) -> Metrics:
@@ -461,6 +463,8 @@ class CellStatus:
     Attributes:
         reason: why it is not ready; empty when it is.
         cordoned: GPUs left out for good, whose replicas were lost too often.
+        started_in_s: what its start took, from its scheduler's first moment on.
+        refused: what of the deployment's last `user_config` was not taken, and why.
         running: step ranges committed and not yet reported.
         held: requests with tensors on the GPUs, summed over the GPUs, as the idle ones said at the last health check.
         plan_ms_p50, plan_ms_p99: of the last decisions, dispatch excluded.
@@ -479,6 +483,8 @@ class CellStatus:
     fallbacks: int = 0
     cordoned: tuple[int, ...] = ()
     held: int = 0
+    refused: str = ""
+    started_in_s: float = 0.0
 
 
 @dataclass(frozen=True)

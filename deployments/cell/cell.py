@@ -18,6 +18,7 @@ from deployments.cell.meters import Families
 from deployments.cell.scheduler import create_scheduler
 from deployments.config import AppArgs
 from deployments.logs import LogForm, log_request, logger
+from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
 
@@ -42,6 +43,7 @@ class Cell:
         group = ray.util.get_current_placement_group()
         if group is None:
             raise RuntimeError("Cell needs placement_group_bundles; deploy it through deployments.app:build")
+        self._args = self._turned = args
         self._scheduler = create_scheduler(args, group)
         self._log_form: LogForm | None = None
         self._hand_on_log_form()
@@ -54,6 +56,21 @@ class Cell:
         while not (await asyncio.wait([starting], timeout=WATCH_S))[0]:
             await self._end_if_stuck()
         await starting
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve hands over the deployment's `user_config`, at the start and when it changed: knobs of
+        `args.scheduler`, turned while the cell runs. Wrong ones leave it as it is, `/health` says so."""
+        refused = ""
+        try:
+            args = self._args.turned("scheduler", user_config)
+            made_for = self._args.scheduler.max_open_requests
+            if args.scheduler.max_open_requests > made_for:
+                raise ConfigError(f"args.scheduler.max_open_requests: at most {made_for}, as in args")
+            self._turned = args
+        except ConfigError as error:
+            refused = f"user_config: {error.message}"
+            logger.error("%s", refused)
+        await self._scheduler.turn.remote(self._turned, refused)
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """`GenerateResult` whose `image` is an object reference to uint8 [height, width, 3]."""

@@ -53,6 +53,7 @@ class Entry:
         outstanding: ranges sent out and not yet collected.
         deadly: its ranges (`seq`) in which a replica died or the members lost each other.
         preview: the newest one.
+        truncated: fields that were too long for the text encoders.
         predicted_s: time from arrival to the end, as the first plan that saw it had it.
     """
 
@@ -83,6 +84,7 @@ class Entry:
     outstanding: int = 0
     deadly: set[int] = field(default_factory=set)
     preview: np.ndarray | None = None
+    truncated: tuple[str, ...] = ()
     predicted_s: float | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -139,6 +141,7 @@ class Entry:
         if assignment.kind == "denoise":
             self.steps_done += assignment.steps
             self.degree = assignment.degree
+        self.truncated = reports[0].truncated or self.truncated
         if reports[0].preview is not None:  # the leader's
             self.preview = reports[0].preview
         self.notify()
@@ -199,6 +202,7 @@ class Entry:
             peak_memory_bytes=self.peak_memory_bytes,
             predicted_s=self.predicted_s,
             degraded=model.degraded,
+            truncated=self.truncated,
             ignored=("negative_prompt",)
             * bool(self.request.negative_prompt and not model.guided(self.request)),
         )

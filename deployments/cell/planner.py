@@ -28,14 +28,18 @@ class Planner:
     """
 
     def __init__(self, policy: Policy, *, limit_s: float) -> None:
-        self.policy = policy
         self.fallbacks = 0
-        self._limit_s = limit_s
+        self.turn(policy, limit_s=limit_s)
         self._fallback = make_policy(FALLBACK_POLICY)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._planning: asyncio.Future[Packing] | None = None
         self._offers_thread = ThreadPoolExecutor(1, thread_name_prefix="offers")
         self._offers = 0
+
+    def turn(self, policy: Policy, *, limit_s: float) -> None:
+        """Ask another policy from now on."""
+        self.policy = policy
+        self._limit_s = limit_s
 
     async def pack(self, snapshot: Snapshot) -> tuple[Packing, bool]:
         """The packing, and whether it is the fallback's.

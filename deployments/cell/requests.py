@@ -51,10 +51,6 @@ class Requests:
         self._serial = itertools.count()
         self._kept = Kept()
         self._handed_over: deque[tuple[float, Any]] = deque()
-        args = state.args
-        self._admission = Admission(
-            args.scheduler.max_open_requests, args.scheduler.max_open_per_client, shared=args.http.has_keys
-        )
 
     def cancel(self, request_id: str, call_id: str) -> bool:
         """A call is given up, and with the last call its request; its GPUs are free when the range in flight ends.
@@ -110,7 +106,9 @@ class Requests:
             raise NotReady(f"the cell is not ready: {self._state.failure}", retry_after_s=5)
         now_s = time.monotonic()
         open_requests = Counter(entry.request.client for entry in self.entries.values())
-        full = self._admission.refusal(request.client, open_requests)
+        knobs, shared = self._state.args.scheduler, self._state.args.http.has_keys
+        admission = Admission(knobs.max_open_requests, knobs.max_open_per_client, shared=shared)
+        full = admission.refusal(request.client, open_requests)
         if full and not request.attempt:  # else it was accepted once
             raise Overloaded(full, retry_after_s=int(self._state.rounds.predictions.drain_s(now_s) / 2) + 1)
         if request.model not in (None, "default", self._state.info.name):

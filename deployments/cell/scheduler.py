@@ -27,10 +27,10 @@ from deployments.cell.recovery import Recovery
 from deployments.cell.requests import Requests
 from deployments.cell.state import CellState
 from deployments.cell.view import View
-from deployments.config import AppArgs
+from deployments.config import AppArgs, SchedulerArgs
 from deployments.logs import LogForm, logger, write_as
 from solver.policies import make_policy
-from solver.problem import Job, Snapshot
+from solver.problem import Job, Policy, Snapshot
 from tetriserve.errors import CellLost, OutOfMemory
 from tetriserve.profile import Profile
 from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
@@ -51,18 +51,12 @@ class Scheduler:
     """
 
     def __init__(self, args: AppArgs, group: PlacementGroup) -> None:
-        scheduler = args.scheduler
-        policy = make_policy(scheduler.policy, time_limit_s=scheduler.solver_time_limit_s)
-        rounds = RoundScheduler(
-            policy,
-            args.cell.gpus,
-            round_s=scheduler.round_s,
-            min_round_s=scheduler.min_round_s,
-            lead_s=scheduler.lead_s,
-        )
+        knobs = args.scheduler
+        policy = _policy(knobs)
+        rounds = RoundScheduler(policy, args.cell.gpus, **_round_knobs(knobs))
         self._tasks: set[asyncio.Task[Any]] = set()
         self._state = CellState.of(args, Fleet(args, group), rounds)
-        self._planner = Planner(policy, limit_s=2 * scheduler.solver_time_limit_s)
+        self._planner = Planner(policy, limit_s=_limit_s(knobs))
         self._requests = Requests(self._state)
         self._recovery = Recovery(self._state, self)
         self._ranges = Ranges(self._state, self._requests, self._recovery, self.spawn)
@@ -70,15 +64,24 @@ class Scheduler:
 
     async def start(self) -> None:
         """Load the model everywhere, join the groups, get the profile, then plan. Raises `ConfigError`."""
-        state = self._state
+        state, began_s = self._state, time.monotonic()
         await state.fleet.start()
         state.info = state.fleet.info
         profile = await fitting_profile(state.args, state.fleet)
         state.profile = LiveProfile(profile, follows=state.args.profile.correct)
         self._recovery.reported(range(len(state.fleet)), time.monotonic())
         state.failure = ""
+        state.started_in_s = time.monotonic() - began_s
         self.spawn(self._plan_forever())
         logger.info("cell is ready: %s on %d x %s", state.info.name, len(state.fleet), state.fleet.device)
+
+    async def turn(self, args: AppArgs, refused: str) -> None:
+        """Go on with the knobs of `args.scheduler`; `refused` says what was asked for and is not taken."""
+        knobs, policy = args.scheduler, _policy(args.scheduler)
+        self._state.args, self._state.refused = args, refused
+        self._state.rounds.turn(policy, **_round_knobs(knobs))
+        self._planner.turn(policy, limit_s=_limit_s(knobs))
+        self._state.wake.set()
 
     async def write_logs_as(self, form: LogForm) -> None:
         """Write what is logged here and in the GPU replicas so."""
@@ -283,6 +286,19 @@ class Scheduler:
 
     async def model_info(self) -> ModelInfo:
         return self._state.info
+
+
+def _policy(knobs: SchedulerArgs) -> Policy:
+    return make_policy(knobs.policy, time_limit_s=knobs.solver_time_limit_s)
+
+
+def _round_knobs(knobs: SchedulerArgs) -> dict[str, Any]:
+    return {"round_s": knobs.round_s, "min_round_s": knobs.min_round_s, "lead_s": knobs.lead_s}
+
+
+def _limit_s(knobs: SchedulerArgs) -> float:
+    """What a decision may take before the fallback's is used."""
+    return 2 * knobs.solver_time_limit_s
 
 
 def create_scheduler(args: AppArgs, group: PlacementGroup) -> Any:

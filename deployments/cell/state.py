@@ -23,6 +23,8 @@ class CellState:
         rounds: the board and the plans.
         wake: set when there may be something to plan.
         failure: why no request is let in; "" while the cell works.
+        started_in_s: what the start took.
+        refused: knobs that were asked for while it runs and not taken, and why.
         is_draining: no new request is let in, since the server is about to be stopped.
         lost: GPUs that are off the board, those that are cordoned included.
         info, profile: of the model, once it is loaded.
@@ -35,6 +37,8 @@ class CellState:
     history: History
     wake: asyncio.Event
     failure: str = "starting"
+    started_in_s: float = 0.0
+    refused: str = ""
     is_draining: bool = False
     lost: set[int] = field(default_factory=set)
     info: ModelInfo = field(init=False)

@@ -56,6 +56,8 @@ class View:
             fallbacks=self._planner.fallbacks,
             cordoned=self._recovery.cordoned,
             held=sum(self._state.fleet.held),
+            refused=self._state.refused,
+            started_in_s=self._state.started_in_s,
         )
 
     def metrics(self) -> Families:

@@ -99,6 +99,9 @@ class MetricsAnswer(_Answer):
     response_s: float | None = Field(description="Arrival to this answer; `slo_met` goes by it.")
     degraded: list[str] = Field(description="What was not computed as by the model as published.")
     ignored: list[str] = Field(description="Fields of the request that changed nothing.")
+    truncated: list[Literal["prompt", "negative_prompt"]] = Field(
+        description="Fields that were too long: their ends no text encoder saw."
+    )
 
 
 class PictureAnswer(_Answer):
@@ -330,6 +333,10 @@ _RESULT_HEADERS = {
     "Server-Timing": {
         "schema": {"type": "string"},
         "description": "Milliseconds: total, queue, encode, denoise, decode; not with stream.",
+    },
+    "X-Truncated": {
+        "schema": {"type": "string"},
+        "description": "`metrics.truncated`, where there is some; not with stream.",
     },
     "X-SLO-Met": {"schema": {"type": "boolean"}, "description": "The same; not with stream."},
 }

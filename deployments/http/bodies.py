@@ -364,6 +364,7 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
         "response_s": metrics.response_s,
         "degraded": list(metrics.degraded),
         "ignored": list(metrics.ignored),
+        "truncated": list(metrics.truncated),
     }
 
 
@@ -392,6 +393,8 @@ def result_headers(response_id: str, metrics: Metrics) -> dict[str, str]:
     headers["Server-Timing"] = ", ".join(
         f"{name};dur={1000 * seconds:.1f}" for name, seconds in stages.items() if seconds is not None
     )
+    if metrics.truncated:
+        headers["X-Truncated"] = ", ".join(metrics.truncated)
     if metrics.slo_met is not None:
         headers["X-SLO-Met"] = "true" if metrics.slo_met else "false"
     return headers

@@ -9,7 +9,6 @@ import hashlib
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 from deployments.cell.meters import exposition
+from deployments.config import AppArgs
 from deployments.http import answers
 from deployments.http.bodies import (
     ImageRequest,
@@ -39,7 +39,7 @@ from deployments.http.bodies import (
 from deployments.http.chat import CHAT_SCHEMA, chat_response, parse_chat
 from deployments.http.edits import EDIT_BODY, parse_edit
 from deployments.http.events import EventResponse, events, newest
-from deployments.http.keys import check_key
+from deployments.http.keys import Keys
 from deployments.http.pictures import Picture, encode_image
 from deployments.http.plain import Counted, HeadAsGet, read_body
 from deployments.router import Router, as_tetriserve_error, translate, why_not_ready
@@ -82,23 +82,27 @@ HTTP_CODES = {
 class Endpoints:
     """Turns HTTP requests into calls of the router and what comes back into responses."""
 
-    def __init__(self, router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]) -> None:
+    def __init__(self, router: Router, pictures: DeploymentHandle, keys: Keys) -> None:
         self._router = router
-        self._args = router.args
         self._pictures = pictures
         self._keys = keys
         self._started_s = int(time.time())
 
     @property
+    def _args(self) -> AppArgs:
+        """As they are now: some of them change while this runs."""
+        return self._router.args
+
+    @property
     def has_keys(self) -> bool:
-        return bool(self._keys)
+        return self._args.http.has_keys
 
     async def authorize(self, http: Request) -> None:
         """Let those with an API key in, everybody where none are configured; remember who it is and when it came."""
         http.state.client = None
         http.state.arrived_s = time.time()
-        if self._keys:
-            http.state.client = check_key(self._keys, http.headers.get("authorization", ""))
+        if self.has_keys:
+            http.state.client = self._keys.owner(http.headers.get("authorization", ""))
 
     async def post_images(self, http: Request) -> Response:
         """`POST /v1/images/generations`."""
@@ -326,12 +330,12 @@ class Endpoints:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def build_http(router: Router, pictures: DeploymentHandle, keys: Sequence[bytes]) -> FastAPI:
+def build_http(router: Router, pictures: DeploymentHandle, keys: Keys) -> FastAPI:
     """The HTTP app over a router; every error leaves it in OpenAI's shape.
 
     Args:
         pictures: handle of the Pictures deployment.
-        keys: the allowed API keys; none: everybody is let in.
+        keys: the allowed API keys; asked where some are configured.
     """
     endpoints = Endpoints(router, pictures, keys)
     app = FastAPI(

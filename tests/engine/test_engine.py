@@ -632,6 +632,35 @@ def test_measure_times_every_phase(pool) -> None:
     assert all(result.keys() == {"denoise"} and result["denoise"] > 0 for result in results)
 
 
+@pytest.mark.parametrize(
+    ("model", "cut", "negative"),
+    [
+        ("flux-dev", True, False),
+        ("sd35", True, True),
+        ("z-image", True, True),
+        ("qwen-image", True, True),
+        ("flux2-dev", True, False),
+        ("flux2-klein-base", True, True),
+        ("wan2.1", True, True),
+        ("hunyuan-video", True, True),
+        ("qwen-image-edit-plus", False, False),  # it cuts nothing
+    ],
+)
+def test_prompts_that_are_cut_are_said(pool, model: str, cut: bool, negative: bool) -> None:
+    """By the fields' names; what CLIP alone does not see, T5 has seen."""
+
+    def truncated(prompt: str, negative_prompt: str | None = None) -> tuple[str, ...]:
+        request = GenerateRequest(prompt, 128, 128, 2, seed=1, negative_prompt=negative_prompt)
+        return pool.call((3,), model, "encode", "cut", request)[0][0].truncated
+
+    words = " two  stars " * 2000
+    assert truncated("a star") == ()
+    assert truncated(words) == (("prompt",) if cut else ())
+    assert truncated("a star", words) == (("negative_prompt",) if negative else ())
+    assert truncated("a star") == ()  # and nothing is left of the one before
+    pool.call((3,), model, "release", "cut")
+
+
 def test_model_limits(folders) -> None:
     adapter = load(folders["sd3"], max_pixels=512 * 512)
     info = adapter.info

@@ -12,8 +12,8 @@ import pytest
 from http_app import NOW_S, Cell, ask, check_error
 
 from deployments.cell.scheduler import Scheduler
-from deployments.config import AppArgs
-from deployments.http.keys import check_key
+from deployments.config import AppArgs, HTTPArgs
+from deployments.http.keys import Keys
 from solver.problem import Entry as Packed
 from solver.problem import Job, Packing, Snapshot
 from tetriserve.profile import Profile
@@ -274,7 +274,8 @@ def test_over_http_each_key_sees_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("BOARD_KEYS", ",".join(KEYS))
     limits = {"api_keys_env": "BOARD_KEYS"}
     cell = Cell()
-    owners = [check_key([key.encode() for key in KEYS], f"Bearer {key}") for key in KEYS]
+    known = Keys(HTTPArgs(**limits))
+    owners = [known.owner(f"Bearer {key}") for key in KEYS]
     for name, owner in zip("ab", owners, strict=True):
         arrive(cell.history, name, client=owner)
         run(cell.history, name, -3, -1, 0)

@@ -17,6 +17,7 @@ from tetriserve.engine.attention import Kinds
 from tetriserve.engine.groups import SPGroup
 from tetriserve.engine.kernels import Kernel
 from tetriserve.engine.sequence import SequenceParallel, ShardPlan
+from tetriserve.engine.words import Watch
 from tetriserve.errors import ConfigError
 from tetriserve.request import GenerateRequest, ModelInfo
 
@@ -133,6 +134,7 @@ class ModelAdapter(ABC):
     def __init__(self, pipeline: Any, limits: ModelLimits, kernel: Kernel) -> None:
         self.pipeline = pipeline
         self._worn: tuple[str, float] | None = None
+        self.words = Watch(pipeline.components.values())
         self.device = pipeline.transformer.device
         if getattr(pipeline.scheduler.config, "stochastic_sampling", False):
             raise ConfigError("model: stochastic_sampling is not supported, seeds could not be honoured")

@@ -60,7 +60,8 @@ class Engine:
         request = self.adapter.resolve(request)
         self.adapter.wear(request)
         conditioning = self.adapter.encode(request)
-        return self._began(started_s, request_id, self.adapter.begin(request, conditioning))
+        began = self._began(started_s, request_id, self.adapter.begin(request, conditioning))
+        return replace(began[0], truncated=self.adapter.words.cut(request)), *began[1:]
 
     @torch.inference_mode()
     def encode_image(

@@ -23,6 +23,7 @@ class Report:
         peak_memory_bytes: of the device since the last report, 0 on CPU.
         preview: uint8 [height / 8, width / 8, 3] of the request's picture, from the leader of a range that passed a
             mark; made after `ended_s`.
+        truncated: of encode: fields of the request whose ends no text encoder saw.
     """
 
     started_s: float
@@ -30,6 +31,7 @@ class Report:
     switch_s: float
     peak_memory_bytes: int
     preview: np.ndarray | None = None
+    truncated: tuple[str, ...] = ()
 
 
 def together(reports: Sequence[Report]) -> tuple[float, float]:

@@ -45,19 +45,23 @@ class RoundScheduler:
     ) -> None:
         if n_gpus < 1:
             raise ValueError(f"n_gpus must be at least 1, got {n_gpus}")
-        if round_s is not None and not 0 < round_s < math.inf:
-            raise ValueError(f"round_s must be a positive number of seconds, got {round_s}")
-        self.policy = policy
         self.n_gpus = n_gpus
-        self.lead_s = lead_s
-        self._round_s = round_s
-        self._min_round_s = min_round_s
+        self.turn(policy, round_s=round_s, min_round_s=min_round_s, lead_s=lead_s)
         self._boundary_s = -math.inf
         self._seq = 0
         self._load = RecentLoad()
         self._open: dict[str, OpenRequest] = {}
         self.committed = Committed(n_gpus)
         self.predictions = Predictions(self._open, self.committed)
+
+    def turn(self, policy: Policy, *, round_s: float | None, min_round_s: float, lead_s: float) -> None:
+        """Go on with these knobs from the next plan on; what is committed stays."""
+        if round_s is not None and not 0 < round_s < math.inf:
+            raise ValueError(f"round_s must be a positive number of seconds, got {round_s}")
+        self.policy = policy
+        self.lead_s = lead_s
+        self._round_s = round_s
+        self._min_round_s = min_round_s
 
     # ---- events -------------------------------------------------------------------------------------------
 

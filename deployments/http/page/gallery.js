@@ -251,6 +251,7 @@ function account(metrics) {
   const more = [`seed ${metrics.seed}`];
   const again = metrics.lost.length;
   if (again) more.push(`${again} step ${again === 1 ? "range" : "ranges"} run again`);
+  if (metrics.truncated?.length) more.push("the prompt was too long, its end was not read");
   return [verdict, stages, path, make("p", "hint", more.join(", "))];
 }
 
