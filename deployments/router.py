@@ -46,6 +46,9 @@ CELL_RETURN_S = 900.0
 """How long an accepted request waits for a cell to come back; it has to load the weights again."""
 CELL_POLL_S = 0.5
 RESUBMIT_PAUSE_S = 0.5
+RECONFIGURED_S = 3.0
+"""How long ago a cell was last seen that is taken to be reconfigured, not gone."""
+RECONFIGURED_POLL_S = 0.1
 FIRST_START_S = 15.0
 """What a cell takes to start, until one has said what it took."""
 LONGEST_PAUSE_S = 120.0
@@ -73,7 +76,8 @@ class Router:
         self.way_back = WayBack()
         self._memory = HostMemory()
         self._start_s = FIRST_START_S
-        self._seen_s = time.monotonic()
+        self._made_s = time.monotonic()
+        self._seen_s = float("-inf")
         self.answering = 0
 
     # -- the Python handle ---------------------------------------------------------------------------------
@@ -209,7 +213,9 @@ class Router:
         try:
             yield
         except NotReady as error:
-            left_s = min(self._start_s - (time.monotonic() - self._seen_s), LONGEST_PAUSE_S)
+            # nothing was seen yet: it may be about to start, or nearly there
+            away_s = max(0.0, time.monotonic() - max(self._seen_s, self._made_s))
+            left_s = min(self._start_s - away_s, LONGEST_PAUSE_S)
             after_s = max(error.retry_after_s, math.ceil(left_s))
             raise NotReady(f"{error.message}{self._memory.shortage()}", after_s) from error
 
@@ -284,6 +290,10 @@ class Router:
         info.check(request)
         if time.monotonic() - self._checked_s > STATUS_AGE_S:
             statuses = await self.statuses()
+            # while Serve hands a cell its `user_config` it counts as none
+            while not statuses and time.monotonic() < self._seen_s + RECONFIGURED_S:
+                await asyncio.sleep(RECONFIGURED_POLL_S)
+                statuses = await self.statuses()
             if not any(status.ready for status in statuses):
                 with self._not_ready_as_known():
                     raise NotReady(why_not_ready(statuses))

@@ -24,6 +24,8 @@ from tetriserve.request import ModelInfo
 PICTURES = ("image", "image[]", "images")
 """Fields that hold pictures, one or a list."""
 
+PICTURE_TYPES = "image/png, image/jpeg, image/webp"
+
 MAX_FIELDS = 200
 """Of a form."""
 
@@ -57,7 +59,7 @@ class EditRequest(ImageRequest):
 
 
 _FIELDS = EditRequest.model_json_schema()
-_SENT = {"type": "string", "description": "A data URL, or base64 alone."}
+_SENT = {"type": "string", "format": "data-url", "description": "A data URL, or base64 alone."}
 _FILE = {"type": "string", "format": "binary", "description": "PNG, JPEG or WebP."}
 EDIT_BODY = {
     "multipart/form-data": {
@@ -65,7 +67,8 @@ EDIT_BODY = {
             **_FIELDS,
             "properties": _FIELDS["properties"]
             | {"image": _FILE, "image[]": {"type": "array", "items": _FILE}},
-        }
+        },
+        "encoding": {name: {"contentType": PICTURE_TYPES} for name in ("image", "image[]")},
     },
     "application/json": {
         "schema": {

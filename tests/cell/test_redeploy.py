@@ -34,9 +34,12 @@ folder = Path(sys.argv[1]).parent
 def application():
     return serve.status().applications["tetriserve"]
 
+steps = []  # what was deployed
+
 def deployed(change=lambda app: None, until="RUNNING"):
     new = copy.deepcopy(body)
     change(new["applications"][0])
+    steps.append(new["applications"][0].get("deployments") or new["applications"][0]["args"]["http"])
     deploy(ServeDeploySchema.model_validate(new))
     return wait(lambda: application().status == until, application)
 
@@ -60,7 +63,7 @@ def ask_forever():
         try:
             served.append(ask())
         except Exception as error:
-            failed.append(error)
+            failed.append((len(served), steps[-1], repr(error)[:300]))
 
 def status():
     (cell,) = handle.statuses.remote().result(timeout_s=10)

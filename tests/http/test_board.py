@@ -312,7 +312,9 @@ def test_the_page_is_served_whole_and_asked_for_again_cheaply(path: str, kind: s
     first = ask(Cell(), "GET", path)
     assert first.status_code == 200 and kind in first.headers["content-type"]
     assert first.headers["cache-control"] == "no-cache"
-    assert first.headers["content-security-policy"].startswith("default-src 'self'; img-src 'self' data:;")
+    assert first.headers["content-security-policy"].startswith(
+        "default-src 'self'; img-src 'self' data: blob:;"
+    )
     again = ask(Cell(), "GET", path, headers={"If-None-Match": first.headers["etag"]})
     assert again.status_code == 304 and again.content == b""
     assert ask(Cell(), "HEAD", path).headers["content-length"] == str(len(first.content))

@@ -72,7 +72,13 @@ def test_response_has_every_field_of_the_contract() -> None:
             "others": 3,
         }
     ]
-    assert metrics["planned_with"] == {"encode_s": 0.2, "step_s": {"1": 0.05, "2": 0.03}, "decode_s": 0.4}
+    assert metrics["planned_with"] == {
+        "encode_s": 0.2,
+        "encode_image_s": 0.0,
+        "step_s": {"1": 0.05, "2": 0.03},
+        "decode_s": 0.4,
+    }
+    assert (metrics["ignored"], metrics["truncated"]) == ([], [])
     assert metrics["arrival_s"] == 1699999999.5
     assert metrics["lost"] == [{"kind": "denoise", "steps": 2, "gpus": [1], "noticed_s": 1700000000.1}]
     assert body["peak_memory_mb"] == metrics["peak_memory_mb"] == body["usage"]["peak_memory_mb"] == 3
@@ -584,15 +590,52 @@ def test_requests_are_refused_while_no_cell_is_ready() -> None:
     cell = Cell(STARTING)
     answer = post(cell, **PICTURE)
     check_error(answer, 503, "not_ready")
-    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["retry-after"] == "15"  # about what a cell takes to start
     assert not cell.requests
     for gone in (DeploymentUnavailableError(None), ActorDiedError()):
         cell = Cell()
         cell.unavailable = gone
         answer = post(cell, **PICTURE)
         check_error(answer, 503, "not_ready")
-        assert answer.headers["retry-after"] == "1"
+        assert answer.headers["retry-after"] == "15"
         assert ask(cell, "GET", "/health").status_code == 503
+
+
+def test_when_to_come_again_goes_by_what_the_last_start_took() -> None:
+    """Less what has passed since a cell was there."""
+
+    async def run() -> list[int]:
+        cell = Cell(replace(READY, started_in_s=40.0))
+        front = ingress(cell)
+        await front.statuses()
+        cell.unavailable = DeploymentUnavailableError(None)
+        after = []
+        for passed_s in (0, 30, 100):
+            front._seen_s -= passed_s
+            front._made_s -= passed_s
+            with pytest.raises(errors.NotReady) as caught:
+                await front.statuses()
+            after.append(caught.value.retry_after_s)
+        return after
+
+    assert asyncio.run(run()) == [40, 10, 1]
+
+
+def test_a_cell_that_is_being_reconfigured_is_waited_for() -> None:
+    """Serve counts it as none for a moment."""
+    cell = Cell()
+    cell.statuses = []
+
+    async def run() -> None:
+        front = ingress(cell)
+        front._seen_s = time.monotonic()
+        call = asyncio.create_task(front.generate(GenerateRequest("a", 64, 96)))
+        await asyncio.sleep(0.3)
+        assert not call.done()
+        cell.statuses = [READY]
+        await call
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models"])

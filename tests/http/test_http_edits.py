@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +13,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from hostile_pictures import HOSTILE, colors, file_of
 from http_app import INFO, Cell, ask, check_error, ingress, listening
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +26,6 @@ from tetriserve.request import GenerateRequest
 URL = "/v1/images/edits"
 STARTS = replace(INFO, editing=Editing(max_images=1, default_strength=0.6))
 LOOKS = replace(INFO, editing=Editing(max_images=3))
-PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +38,6 @@ def cell_of(info: Any = STARTS) -> Cell:
     cell = Cell()
     cell.info = info
     return cell
-
-
-def colors(height: int = 96, width: int = 128) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def file_of(picture: np.ndarray | Image.Image, kind: str = "png", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def url_of(content: bytes) -> str:
@@ -79,7 +66,7 @@ WAYS: dict[str, Callable[[bytes], dict[str, Any]]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_json_in_all_ways(way: str) -> None:
     cell, pixels = cell_of(), colors()
-    answer = ask(cell, "POST", URL, json={"prompt": "a star", "seed": 1, **WAYS[way](file_of(pixels))})
+    answer = ask(cell, "POST", URL, json={"prompt": "a star", "seed": 1, **WAYS[way](file_of("png", pixels))})
     assert answer.status_code == 200, answer.text
     (image,) = edited(cell).images
     np.testing.assert_array_equal(image.pixels, pixels)
@@ -90,7 +77,7 @@ def test_a_form_has_the_fields_of_json() -> None:
     cell, pixels = cell_of(), colors()
     answer = form(
         cell,
-        ("image", file_of(pixels)),
+        ("image", file_of("png", pixels)),
         n="1",
         size="64x96",
         seed="5",
@@ -111,7 +98,7 @@ def test_a_form_has_the_fields_of_json() -> None:
 
 
 def test_openai_client_edits_one_and_several(tmp_path: Any) -> None:
-    pictures = [file_of(colors(96, 128)), file_of(colors(80, 80))]
+    pictures = [file_of("png", colors(96, 128)), file_of("png", colors(80, 80))]
     cell = cell_of(LOOKS)
     with listening(ingress(cell)) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -143,7 +130,7 @@ def test_openai_client_edits_one_and_several(tmp_path: Any) -> None:
 )
 def test_without_a_size_it_is_that_of_the_picture(size: tuple[int, int], shape: tuple[int, int]) -> None:
     cell = cell_of()
-    answer = form(cell, ("image", file_of(np.zeros((*size, 3), np.uint8))))
+    answer = form(cell, ("image", file_of("png", np.zeros((*size, 3), np.uint8))))
     assert answer.status_code == 200, answer.text
     assert (edited(cell).height, edited(cell).width) == shape
 
@@ -166,54 +153,22 @@ def test_pictures_are_taken_as_they_are_seen() -> None:
     """Turned by EXIF, 16 bit, transparent, with a palette, in CMYK."""
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:20] = 200
-    turned = read_image(file_of(pixels, "jpeg", exif=exif(6), quality=95), 10_000)
+    turned = read_image(file_of("jpeg", pixels, exif=exif(6), quality=95), 10_000)
     assert turned.shape == (60, 40, 3)
     assert turned[:, 30:].min() > 180  # what was above is on the right
     assert turned[:, :10].max() < 20
 
     grey = Image.fromarray(np.full((8, 8), 0x8000, np.uint16))
-    assert set(read_image(file_of(grey), 100).flatten().tolist()) == {127}
+    assert set(read_image(file_of("png", grey), 100).flatten().tolist()) == {127}
 
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert read_image(file_of(clear), 100).min() == 255  # not the red that is hidden in it
+    assert read_image(file_of("png", clear), 100).min() == 255  # not the red that is hidden in it
     palette = Image.fromarray(pixels).quantize()
-    np.testing.assert_array_equal(read_image(file_of(palette), 10_000), pixels)
-    cmyk = read_image(file_of(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg"), 100)
+    np.testing.assert_array_equal(read_image(file_of("png", palette), 10_000), pixels)
+    cmyk = read_image(file_of("jpeg", Image.new("CMYK", (8, 8), (0, 255, 255, 0))), 100)
     assert (cmyk[0, 0, 0] > 240, cmyk[0, 0, 1] < 15, cmyk.shape) == (True, True, (8, 8, 3))
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width: int, height: int, data: bytes, *more: bytes) -> bytes:
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return PNG_HEAD + head + b"".join(more) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
-def animated() -> bytes:
-    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
-    return file_of(frames[0], "webp", save_all=True, append_images=frames[1:])
-
-
-HOSTILE = {
-    "not a picture": b"hello",
-    "empty": b"",
-    "gif": file_of(Image.new("RGB", (8, 8)), "gif"),
-    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-    "truncated png": file_of(colors())[:2000],
-    "truncated jpeg": file_of(colors(), "jpeg")[:700],
-    "head only": PNG_HEAD,
-    "too large": file_of(np.zeros((2000, 2000, 3), np.uint8)),
-    "says 60000 x 60000": png(60000, 60000, zlib.compress(b"\0" * 100)),
-    "bomb": png(1000, 1000, zlib.compress(b"\0" * 50_000_000)),
-    "bomb of text": png(
-        8, 8, zlib.compress(b"\0" * 200), chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * (1 << 27)))
-    ),
-    "animated": animated(),
-    "no data": png(8, 8, b""),
-    "wrong sum": file_of(colors()).replace(b"IDAT", b"IDAX", 1),
-}
 FORGIVEN = ("bomb", "no data", "wrong sum", "bomb of text")
 """What Pillow makes a picture of, or not, without harm."""
 
@@ -239,7 +194,7 @@ def test_hostile_pictures_are_refused_by_name(name: str) -> None:
 def test_no_broken_file_is_worse_than_refused(data: st.DataObject) -> None:
     """Sound files with some bytes changed, cut out or doubled."""
     kind = data.draw(st.sampled_from(["png", "jpeg", "webp"]))
-    content = bytearray(file_of(colors(24, 24), kind))
+    content = bytearray(file_of(kind, colors(24, 24)))
     for _ in range(data.draw(st.integers(1, 5))):
         at = data.draw(st.integers(0, len(content) - 1))
         content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
@@ -260,13 +215,13 @@ def test_no_broken_file_is_worse_than_refused(data: st.DataObject) -> None:
         ({"image": "https://example.com/a.png"}, "image", "fetches no URLs"),
         ({"image": "data:image/png,abc"}, "image", "base64"),
         ({"image": "data:image/png;base64,!!!"}, "image", "not base64"),
-        ({"image": [url_of(file_of(colors()))] * 5}, "image", "allowed are 1 to 4"),
-        ({"image": [url_of(file_of(colors()))] * 2}, "image", "at most 1"),
-        ({"image": url_of(file_of(colors())), "mask": "x"}, "mask", "fills in masks"),
-        ({"image": url_of(file_of(colors())), "strength": 0}, "strength", "above 0"),
-        ({"image": url_of(file_of(colors())), "strength": 1.5}, "strength", "up to 1"),
-        ({"image": url_of(file_of(colors())), "prompt": None}, "prompt", "required"),
-        ({"image": url_of(file_of(colors())), "size": "65x64"}, "size", "multiple of 16"),
+        ({"image": [url_of(file_of("png", colors()))] * 5}, "image", "allowed are 1 to 4"),
+        ({"image": [url_of(file_of("png", colors()))] * 2}, "image", "at most 1"),
+        ({"image": url_of(file_of("png", colors())), "mask": "x"}, "mask", "fills in masks"),
+        ({"image": url_of(file_of("png", colors())), "strength": 0}, "strength", "above 0"),
+        ({"image": url_of(file_of("png", colors())), "strength": 1.5}, "strength", "up to 1"),
+        ({"image": url_of(file_of("png", colors())), "prompt": None}, "prompt", "required"),
+        ({"image": url_of(file_of("png", colors())), "size": "65x64"}, "size", "multiple of 16"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], param: str, says: str) -> None:
@@ -277,11 +232,11 @@ def test_wrong_fields_are_named(fields: dict[str, Any], param: str, says: str) -
 
 
 def test_models_that_draw_from_text_alone_say_so() -> None:
-    answer = form(cell_of(INFO), ("image", file_of(colors())))
+    answer = form(cell_of(INFO), ("image", file_of("png", colors())))
     assert "takes none" in check_error(answer, 400, "invalid_value", "image")
-    answer = form(cell_of(LOOKS), ("image", file_of(colors())), strength="0.5")
+    answer = form(cell_of(LOOKS), ("image", file_of("png", colors())), strength="0.5")
     assert "does not start" in check_error(answer, 400, "invalid_value", "strength")
-    answer = form(cell_of(LOOKS), ("image", file_of(colors(64, 600))))
+    answer = form(cell_of(LOOKS), ("image", file_of("png", colors(64, 600))))
     assert "8 times" in check_error(answer, 400, "invalid_value", "image")
     needs = cell_of(replace(LOOKS, editing=Editing(max_images=1, needs_image=True)))
     answer = ask(needs, "POST", "/v1/images/generations", json={"prompt": "a star"})
@@ -308,7 +263,7 @@ def test_a_form_that_is_too_large_is_not_read() -> None:
     limits = {"max_upload_bytes": 4096}
     answer = form(cell_of(), ("image", b"\0" * 5000), limits=limits)
     check_error(answer, 413, "body_too_large")
-    answer = form(cell_of(), *[("image[]", file_of(colors(8, 8)))] * 9, limits={"max_images": 2})
+    answer = form(cell_of(), *[("image[]", file_of("png", colors(8, 8)))] * 9, limits={"max_images": 2})
     assert answer.status_code == 400
 
 
@@ -334,7 +289,12 @@ def test_streams_name_edits() -> None:
     cell = cell_of()
     cell.pause_s = 0.05
     with listening(ingress(cell)) as url:
-        fields = {"prompt": "a star", "image": url_of(file_of(colors())), "stream": True, "progress": True}
+        fields = {
+            "prompt": "a star",
+            "image": url_of(file_of("png", colors())),
+            "stream": True,
+            "progress": True,
+        }
         with httpx.stream("POST", url + URL, json=fields) as answer:
             kinds = [
                 json.loads(line[6:])["type"] for line in answer.iter_lines() if line.startswith("data: ")

@@ -5,17 +5,24 @@ More cases than by default: `make fuzz`, or TETRISERVE_FUZZ_CASES cases for each
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import schemathesis
-from http_app import PICTURE, URL, Cell, ingress, listening
+from hostile_pictures import HOSTILE, file_of
+from http_app import INFO, PICTURE, URL, Cell, ingress, listening
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 from schemathesis.config import SchemathesisConfig
+
+from tetriserve.images import Editing
 
 CASES = int(os.environ.get("TETRISERVE_FUZZ_CASES", "60"))
 KEY = "fuzzing-key-0123456789"
@@ -35,20 +42,60 @@ CONFIG = SchemathesisConfig.from_dict(
 
 
 os.environ["TETRISERVE_FUZZ_KEYS"] = KEY
-KEYED = {"api_keys_env": "TETRISERVE_FUZZ_KEYS"}
+KEYED = {"api_keys_env": "TETRISERVE_FUZZ_KEYS", "max_image_pixels": 1_000_000}
+GROWTH_BYTES = 250 << 20
+"""What a few thousand requests with pictures may leave in the server, most of it in caches of the first ones."""
 HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+class Forgetful(Cell):
+    """Its requests, with their pictures, are not kept."""
+
+    async def _generate(self, request: Any) -> Any:
+        result = await super()._generate(request)
+        self.requests[:] = [replace(one, images=()) for one in self.requests[-50:]]
+        return result
+
+
+def cell() -> Cell:
+    one = Forgetful()
+    one.info = replace(INFO, editing=Editing(max_images=2, default_strength=0.6))
+    return one
+
+
+@st.composite
+def pictures(draw: st.DrawFn) -> bytes:
+    """Sound ones, hostile ones, and sound ones with some bytes changed."""
+    content = draw(st.sampled_from([*HOSTILE.values(), *(file_of(kind) for kind in ("png", "jpeg", "webp"))]))
+    if draw(st.booleans()) or not content:
+        return content
+    at = draw(st.integers(0, len(content) - 1))
+    return content[:at] + draw(st.binary(max_size=4)) + content[at + draw(st.integers(0, 4)) :]
+
+
+schemathesis.openapi.media_type("image/png", pictures(), aliases=["image/jpeg", "image/webp"])
+schemathesis.openapi.format(
+    "data-url", pictures().map(lambda one: "data:image/png;base64," + base64.b64encode(one).decode())
+)
 API = schemathesis.openapi.from_dict(
-    ingress(Cell(), **KEYED).__serve_build_asgi_app__().openapi(), config=CONFIG
+    ingress(cell(), **KEYED).__serve_build_asgi_app__().openapi(), config=CONFIG
 )
 
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[str]:
     """A server that is sound before and after."""
-    with listening(ingress(Cell(), **KEYED)) as url:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(
+        "deployments.router.ray.put", lambda pixels: pixels
+    )  # the stand-in of a cell is in this process
+    with listening(ingress(cell(), **KEYED)) as url:
         check_healthy(url)
+        before = psutil.Process().memory_info().rss
         yield url
         check_healthy(url)
+        assert psutil.Process().memory_info().rss - before < GROWTH_BYTES
+    patch.undo()
 
 
 def check_healthy(url: str) -> None:
@@ -91,9 +138,10 @@ def test_what_was_asked_can_be_forgotten_and_what_is_listed_is_there(base: str) 
 
 
 def test_every_route_is_in_the_document_with_its_errors() -> None:
-    paths = ingress(Cell()).__serve_build_asgi_app__().openapi()["paths"]
+    paths = ingress(cell()).__serve_build_asgi_app__().openapi()["paths"]
     assert set(paths) == {
         "/v1/images/generations",
+        "/v1/images/edits",
         "/v1/chat/completions",
         "/v1/images/{picture_id}/content",
         "/v1/models",
