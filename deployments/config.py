@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from solver.policies import POLICIES
 from tetriserve.errors import ConfigError
 from tetriserve.request import Shape
+from tetriserve.reuse import QUALITIES
 
 
 class _Section(BaseModel):
@@ -264,6 +265,28 @@ class HTTPArgs(_Section):
         return self.api_keys_env is not None or self.api_keys_file is not None
 
 
+class ReuseArgs(_Section):
+    """Steps that are extrapolated instead of computed, where the request or `when` allows it; lossy."""
+
+    low: int = Field(
+        2, ge=2, le=8, description="Level low: behind the first ones every so-manieth step is computed."
+    )
+    high: int = Field(3, ge=2, le=8, description="Level high: the same.")
+    level: Literal["low", "high"] = Field("low", description="Of requests that do not say `quality`.")
+    when: Literal["never", "late", "always"] = Field(
+        "never",
+        description="For them: never, where the deadline would be missed otherwise, or always.",
+    )
+
+    def every(self, quality: str | None) -> int:
+        """Of the steps of a request that says so; 1: each is computed."""
+        level = QUALITIES[quality] if quality is not None else self.level if self.when == "always" else None
+        return self.of_level(level)
+
+    def of_level(self, level: str | None) -> int:
+        return 1 if level is None else self.low if level == "low" else self.high
+
+
 class AppArgs(_Section):
     """All of it: the `args` of the application in a Serve config file."""
 
@@ -275,6 +298,7 @@ class AppArgs(_Section):
     scheduler: SchedulerArgs = SchedulerArgs()
     profile: ProfileArgs = ProfileArgs()
     http: HTTPArgs = HTTPArgs()
+    reuse: ReuseArgs | None = None
 
     def turned(self, section: str, knobs: Mapping[str, Any]) -> AppArgs:
         """With other knobs in a section. Raises `ConfigError` naming the first wrong one."""

@@ -130,7 +130,7 @@ def simulate(options: argparse.Namespace) -> int:
     from tetriserve.scheduler.explain import of_result
     from tetriserve.simulation.plot import draw_board
     from tetriserve.simulation.result import result_of, summary_table, write_json
-    from tetriserve.simulation.simulate import Disturbance, named_policy, simulate
+    from tetriserve.simulation.simulate import Disturbance, Reuse, named_policy, simulate
     from tetriserve.simulation.timeline import timeline
 
     for out in (options.out, options.timeline, options.plot):
@@ -147,7 +147,15 @@ def simulate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--verbose {options.verbose}: {options.trace} has no such request")
     disturbance = Disturbance(options.switch_ms / 1000, options.jitter, options.seed)
     with tqdm(total=len(trace), desc=policy.name, unit="request", delay=2) as bar:
-        done = simulate(trace, profile, policy, options.gpus, disturbance=disturbance, on_settled=bar.update)
+        done = simulate(
+            trace,
+            profile,
+            policy,
+            options.gpus,
+            disturbance=disturbance,
+            reuse=Reuse(options.reuse, options.reuse_every),
+            on_settled=bar.update,
+        )
     result = result_of(policy.name, options.gpus, done.outcomes, done.schedule, done.plan_ms)
     write_json(options.out, result)
     if options.timeline is not None:
@@ -371,6 +379,19 @@ def _parser() -> argparse.ArgumentParser:
         "--jitter", type=_not_negative, default=0.0, metavar="SHARE", help="spread of step times, like 0.03"
     )
     sub.add_argument("--seed", type=_seed, default=0, help="of the jitter (default: %(default)s)")
+    sub.add_argument(
+        "--reuse",
+        choices=("never", "late", "always"),
+        default="never",
+        help="extrapolate steps of requests that would be late, or of all (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--reuse-every",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="then behind the first ones every N-th step is computed (default: %(default)s)",
+    )
     sub.add_argument("--out", type=Path, required=True, help="result to write")
     sub.add_argument(
         "--timeline", type=Path, metavar="JSON", help="also write trace events for ui.perfetto.dev"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tetriserve.errors import InvalidRequest
 from tetriserve.images import MAX_REFERENCE_ASPECT, MIN_REFERENCE_SIDE, NO_EDITING, Editing, InputImage
+from tetriserve.reuse import check_quality, computed_steps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +66,9 @@ class GenerateRequest:
         lora: name of a configured LoRA, with `lora_scale` times its weights; None for the model without any.
         images: to be edited, PIL images or arrays uint8 [height, width, 3]; kept as `InputImage`.
         strength: how much of the picture is made anew, above 0 and up to 1, by models that start from it.
+        quality: how much may be saved: "lossless", "high" (some steps are extrapolated) or "fast" (most of them), as
+            far as the server is set up for it; None for the server's default.
+        reuse_every: after the first ones only every so-manieth step is computed; filled in by the server.
         request_id: made by the server when None; must be unique among open requests.
         repeatable: the caller may send it again under the same `request_id`, and gets the same result while it is
             open and for some minutes after.
@@ -100,6 +104,8 @@ class GenerateRequest:
     lora_scale: float = 1.0
     images: Sequence[Any] = ()
     strength: float | None = None
+    quality: str | None = None
+    reuse_every: int = 1
     client: str | None = field(default=None, repr=False)
     arrived_s: float | None = None
     way_back_s: float = 0.0
@@ -231,6 +237,10 @@ class ModelInfo:
         # as diffusers rounds it
         return steps - int(max(steps - min(steps * strength, steps), 0))
 
+    def computed_steps(self, request: GenerateRequest) -> tuple[int, ...]:
+        """Those of them that are computed, the others are extrapolated."""
+        return computed_steps(self.steps_of(request), request.reuse_every)
+
     def shapes_in(self, request: GenerateRequest) -> list[Shape]:
         """The request's pictures as the VAE gets them."""
         editing = self.editing
@@ -305,6 +315,7 @@ class ModelInfo:
             raise InvalidRequest("slo_s", f"{request.slo_s}, must be a positive number of seconds")
         if request.previews < 0:
             raise InvalidRequest("previews", f"{request.previews}, must not be negative")
+        check_quality(request.quality)
         self._check_images(request)
 
     def _check_images(self, request: GenerateRequest) -> None:
@@ -394,7 +405,7 @@ class Metrics:
         queue_s: time from arrival to the first execution, plus pauses between phases and step ranges.
         encode_s: of the text and of pictures.
         inference_s: from the start of its first execution to the end of its last one.
-        steps: neighbouring ranges on the same GPUs in one.
+        steps: neighbouring ranges on the same GPUs in one; those that were computed, `reused_steps` come on top.
         schedule: every range by itself, encode and decode too.
         lost: ranges that had to be run again; those of a lost cell are not known to the next one.
         arrival_s: Unix seconds by the scheduler's clock.
@@ -426,6 +437,7 @@ class Metrics:
     degraded: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     truncated: tuple[str, ...] = ()
+    reused_steps: int = 0
     response_s: float | None = None
 
     def answered(self, response_s: float) -> Metrics:
@@ -436,7 +448,8 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an open request is: `steps_done` of `steps` denoising steps, `phase` is the last one that ran.
+    """How far an open request is: `steps_done` of `steps` denoising steps that are computed, `phase` is the last one
+    that ran.
 
     Two are equal when the request is equally far.
 

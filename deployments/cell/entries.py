@@ -41,7 +41,7 @@ class Entry:
             under the same name, cancelled, may still be in flight.
         asked: the request as it first came.
         request: with steps filled in; behind its pictures' encoding without their pixels.
-        steps: denoising steps that run.
+        steps: denoising steps that are computed.
         callers: the calls that wait for it; when the last one leaves it is given up.
         arrival_s: at the edge, on the scheduler's monotonic clock; `admitted_s` here.
         conditioning: reference to what encode made.
@@ -49,6 +49,7 @@ class Entry:
         committed: (conditioning, latents) behind the last one reported: what is left when a GPU is lost.
         aborting: a range was lost; those sent out behind it do not count either.
         touched, knows, holders: GPUs that ever had it, that have its conditioning, its newest latents.
+        cheaper_every: the `reuse_every` that it may take where it would be late; 0: none.
         degree: of its last denoising range; 0 before the first.
         outstanding: ranges sent out and not yet collected.
         deadly: its ranges (`seq`) in which a replica died or the members lost each other.
@@ -77,6 +78,7 @@ class Entry:
     holders: set[int] = field(default_factory=set)
     phase: str = "queue"
     steps_done: int = 0
+    cheaper_every: int = 0
     degree: int = 0
     executions: list[Execution] = field(default_factory=list)
     lost: list[LostRange] = field(default_factory=list)
@@ -201,7 +203,8 @@ class Entry:
             planned_with=self.planned_with,
             peak_memory_bytes=self.peak_memory_bytes,
             predicted_s=self.predicted_s,
-            degraded=model.degraded,
+            degraded=(*model.degraded, *("reuse",) * (self.request.reuse_every > 1)),
+            reused_steps=model.steps_of(self.request) - self.steps,
             truncated=self.truncated,
             ignored=("negative_prompt",)
             * bool(self.request.negative_prompt and not model.guided(self.request)),

@@ -95,6 +95,8 @@ class Ranges:
     def dispatch(self, assignment: Assignment) -> None:
         (request_id,) = assignment.request_ids
         entry = self._requests.entries[request_id]
+        if entry.conditioning is None:
+            self._requests.began(entry)
         log_request(DEBUG, entry.name, "sends out %s", assignment)
         sent = send(self._state.fleet, entry, assignment)
         entry.sent(assignment, sent.produced)

@@ -121,6 +121,9 @@ class Requests:
         request = replace(
             request, num_inference_steps=request.num_inference_steps or self._state.info.default_steps
         )
+        reuse = self._state.args.reuse
+        if reuse is not None:
+            request = replace(request, reuse_every=reuse.every(request.quality))
         phases = self._phases(request)
         slo_s = request.slo_s
         if slo_s is None and self._state.args.scheduler.default_slo_scale is not None:
@@ -129,8 +132,10 @@ class Requests:
         arrival_s = now_s - waited_s
         result = asyncio.get_running_loop().create_future()
         identity = f"{request.request_id}#{next(self._serial)}"
-        steps, planned_with = self._state.info.steps_of(request), PlannedWith.of(phases)
+        steps, planned_with = len(self._state.info.computed_steps(request)), PlannedWith.of(phases)
         entry = Entry(identity, asked, request, steps, arrival_s, now_s, slo_s, planned_with, result)
+        if reuse is not None and reuse.when == "late" and request.quality is None:
+            entry.cheaper_every = reuse.of_level(reuse.level)
         self._state.rounds.arrived(
             entry.id,
             phases,
@@ -141,6 +146,9 @@ class Requests:
             reject_infeasible=not request.attempt  # else it was accepted once
             and _asked(request.reject_infeasible, self._state.args.scheduler.reject_infeasible),
             client=request.client,
+            cheaper=self._phases(replace(request, reuse_every=entry.cheaper_every))
+            if entry.cheaper_every
+            else (),
         )
         self.entries[entry.id] = self.named[entry.name] = entry
         arrival_unix_s = arrival_s + unix_ahead_s()
@@ -181,12 +189,23 @@ class Requests:
         return chain_of(
             state.profile,
             request.shape,
-            info.steps_of(request),
+            len(info.computed_steps(request)),
             degrees,
             cost=info.step_cost(request),
             step_shape=info.step_shape(request),
             images=info.shapes_in(request),
         )
+
+    def began(self, entry: Entry) -> None:
+        """Its first range is about to go out: from here on it is what the plan took it for."""
+        planned = self._state.rounds.phases_of(entry.id)
+        if (
+            entry.cheaper_every
+            and sum(phase.steps for phase in planned if phase.kind == "denoise") < entry.steps
+        ):
+            entry.request = replace(entry.request, reuse_every=entry.cheaper_every)
+            entry.steps = len(self._state.info.computed_steps(entry.request))
+            log_request(INFO, entry.name, "would be late: %d steps are computed", entry.steps)
 
     def end(self, entry: Entry, outcome: GenerateResult | TetriserveError) -> None:
         """Settle a request and forget it; what is in flight for it runs out and is released then."""

@@ -99,6 +99,7 @@ class MetricsAnswer(_Answer):
     response_s: float | None = Field(description="Arrival to this answer; `slo_met` goes by it.")
     degraded: list[str] = Field(description="What was not computed as by the model as published.")
     ignored: list[str] = Field(description="Fields of the request that changed nothing.")
+    reused_steps: int = Field(description="Steps that were extrapolated, beside those of `steps`.")
     truncated: list[Literal["prompt", "negative_prompt"]] = Field(
         description="Fields that were too long: their ends no text encoder saw."
     )

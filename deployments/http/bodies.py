@@ -34,6 +34,7 @@ from tetriserve.errors import (
     Unauthorized,
 )
 from tetriserve.request import GenerateRequest, GenerateResult, Metrics, ModelInfo
+from tetriserve.reuse import QUALITIES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,8 +47,11 @@ NO_TOKENS = {
 }
 """OpenAI's clients expect token counts; nothing is counted in tokens here."""
 
-QUALITIES = {"default": 75, "low": 35, "medium": 55, "high": 90, "maximum": 100}
+ENCODER_QUALITIES = {"default": 75, "low": 35, "medium": 55, "high": 90, "maximum": 100}
 """Words of `output_quality`, as an encoder's quality in percent."""
+
+OTHER_QUALITIES = ("auto", "standard", "hd", "low", "medium")
+"""OpenAI's words for `quality` that mean nothing here."""
 
 ANYWHERE = (
     "slo_ms",
@@ -83,6 +87,7 @@ COPIED = (
     "guidance_scale",
     "guidance_scale_2",
     "true_cfg_scale",
+    "quality",
     "user",
     "drop_late",
     "reject_infeasible",
@@ -164,6 +169,12 @@ class ImageRequest(BaseModel):
         json_schema_extra={"minimum": 0, "maximum": 20},
     )
     true_cfg_scale: Number | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
+    quality: str | None = Field(
+        None,
+        description="How much may be saved, where the server is set up for it: lossless, high (some steps are "
+        "extrapolated), fast (most of them). OpenAI's other words are taken, and change nothing.",
+        json_schema_extra={"enum": [*QUALITIES, *OTHER_QUALITIES, None]},
+    )
     seed: Integer | None = Field(
         None, description="-1 and null: a random one.", json_schema_extra={"minimum": -1}
     )
@@ -224,6 +235,13 @@ class ImageRequest(BaseModel):
     def _seed(cls, seed: int | None) -> int | None:
         return None if seed == -1 else seed
 
+    @field_validator("quality")
+    @classmethod
+    def _quality(cls, quality: str | None) -> str | None:
+        if quality not in (*QUALITIES, *OTHER_QUALITIES, None):
+            raise ValueError(f"allowed are {', '.join((*QUALITIES, *OTHER_QUALITIES))}")
+        return quality
+
     @field_validator("background")
     @classmethod
     def _background(cls, background: str) -> str:
@@ -234,12 +252,19 @@ class ImageRequest(BaseModel):
     @property
     def ignored(self) -> tuple[str, ...]:
         """Names of fields that change nothing here."""
-        return tuple(sorted(name[:64] for name in self.model_extra or {}))[:MAX_NAMED]
+        names = {name[:64] for name in self.model_extra or {}}
+        if self.quality in OTHER_QUALITIES:
+            names.add("quality")
+        return tuple(sorted(names))[:MAX_NAMED]
 
     @property
-    def quality(self) -> int:
-        """Encoder quality of jpeg and webp, percent."""
-        return QUALITIES[self.output_quality] if self.output_compression is None else self.output_compression
+    def encoder_quality(self) -> int:
+        """Of jpeg and webp, percent."""
+        return (
+            ENCODER_QUALITIES[self.output_quality]
+            if self.output_compression is None
+            else self.output_compression
+        )
 
     @classmethod
     def parse(cls, body: bytes, http: HTTPArgs) -> Self:
@@ -283,6 +308,8 @@ class ImageRequest(BaseModel):
         }
         for name in COPIED:
             fields[name] = getattr(self, name)
+        if self.quality in OTHER_QUALITIES:
+            fields["quality"] = None
         if self.lora is not None:
             lora = Lora(name=self.lora) if isinstance(self.lora, str) else self.lora
             fields |= {"lora": lora.name, "lora_scale": lora.scale}
@@ -365,6 +392,7 @@ def metrics_body(metrics: Metrics) -> dict[str, Any]:
         "degraded": list(metrics.degraded),
         "ignored": list(metrics.ignored),
         "truncated": list(metrics.truncated),
+        "reused_steps": metrics.reused_steps,
     }
 
 

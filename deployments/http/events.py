@@ -154,7 +154,7 @@ def _steps(progress: Progress) -> dict[str, Any]:
 
 
 async def _encoded(request: ImageRequest, pixels: np.ndarray) -> bytes:
-    return await asyncio.to_thread(encode_image, pixels, request.output_format, request.quality)
+    return await asyncio.to_thread(encode_image, pixels, request.output_format, request.encoder_quality)
 
 
 def _picture_event(

@@ -154,7 +154,7 @@ class Endpoints:
         results = await self._generate_all(requests)
         contents = await asyncio.gather(
             *(
-                asyncio.to_thread(encode_image, result.image, request.output_format, request.quality)
+                asyncio.to_thread(encode_image, result.image, request.output_format, request.encoder_quality)
                 for result in results
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 from typing import Any
@@ -18,7 +19,10 @@ def openai(url: str) -> str:
     answer = client.images.generate(prompt=PROMPT, size="256x256", extra_body=WISHES)
     models = [model.id for model in client.models.list()]
     assert answer.data and answer.data[0].b64_json
-    return f"{len(answer.data[0].b64_json)} characters, usage {answer.usage}, models {models}"
+    picture = base64.b64decode(answer.data[0].b64_json)
+    edited = client.images.edit(image=("picture.png", picture), prompt=PROMPT, extra_body=WISHES)
+    assert edited.data and edited.data[0].b64_json
+    return f"{len(answer.data[0].b64_json)} characters, edited, usage {answer.usage}, models {models}"
 
 
 def litellm(url: str) -> str:

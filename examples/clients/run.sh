@@ -33,6 +33,11 @@ if has curl; then
     try "curl, stream" sh -c "curl -sfN '$url/v1/images/generations' -H '$json' \
         -d '${body%\}}, \"stream\": true, \"partial_images\": 2}' | grep -c ^event:"
 fi
+if has curl && has python3; then
+    try "curl, edit" sh -c "curl -sf '$url/v1/images/generations' -H '$json' -d '$body' \
+        | python3 -c 'import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)[\"data\"][0][\"b64_json\"]))' \
+        | curl -sf '$url/v1/images/edits' -F image=@- -F prompt='a large yellow square' -F num_inference_steps=4 -o /dev/null -w '%{http_code}'"
+fi
 if has wget; then
     try "wget" wget -q -O /dev/null --header "$json" --post-data "$body" "$url/v1/images/generations"
     try "wget --spider" wget -q --spider "$url/v1/models"

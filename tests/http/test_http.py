@@ -745,3 +745,30 @@ def test_openai_client_retries_only_what_may_help(served: Callable[[Cell], str])
     with pytest.raises(openai.InternalServerError):
         client.images.generate(prompt="x", size="256x256")
     assert len(cell.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "reaches", "ignored"),
+    [
+        (None, None, []),
+        ("lossless", "lossless", []),
+        ("high", "high", []),
+        ("fast", "fast", []),
+        ("auto", None, ["quality"]),
+        ("hd", None, ["quality"]),
+    ],
+)
+def test_quality_is_how_much_may_be_saved(said: str | None, reaches: str | None, ignored: list[str]) -> None:
+    cell = Cell()
+    answer = post(cell, **PICTURE, quality=said)
+    assert answer.status_code == 200, answer.text
+    assert cell.requests[0].quality == reaches
+    assert answer.json()["metrics"]["ignored"] == ignored
+
+
+def test_an_unknown_quality_is_named_with_what_is_allowed() -> None:
+    message = check_error(post(**PICTURE, quality="ultra"), 400, "invalid_value", "quality")
+    assert "lossless, high, fast, auto" in message
+    cell = Cell()
+    with pytest.raises(errors.InvalidRequest, match="lossless, high, fast"):
+        asyncio.run(ingress(cell).generate(GenerateRequest("a", 64, 96, quality="ultra")))

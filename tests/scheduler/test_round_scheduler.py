@@ -412,3 +412,50 @@ def test_predicted_finish() -> None:
         scheduler.gpu_lost(gpu)
     scheduler.plan(4.0)
     assert scheduler.predictions.finish_s("b", 4.0) == math.inf
+
+
+def cheap_chain(steps: int) -> tuple[Phase, ...]:
+    return tuple(Phase(p.kind, 2 if p.kind == "denoise" else 1, p.step_s) for p in chain(steps))
+
+
+@pytest.mark.parametrize(
+    ("slo_s", "others", "steps"),
+    [
+        (20.0, 0, 10),  # in time as it is
+        (1.2, 0, 2),  # only with fewer steps
+        (0.3, 0, 10),  # not even so: then it is not made worse for nothing
+        (math.inf, 0, 10),
+        (8.0, 6, 2),  # in time alone, but not behind the others
+    ],
+)
+def test_a_cheaper_chain_is_taken_where_the_deadline_would_be_missed(
+    slo_s: float, others: int, steps: int
+) -> None:
+    rounds = RoundScheduler(make_policy("edf"), 1)
+    for index in range(others):
+        rounds.arrived(f"other {index}", chain(5), 0.0, 0.1 + index)
+    deadline_s = 0.0 + slo_s
+    rounds.arrived("r", chain(10), 0.0, deadline_s, cheaper=cheap_chain(10))
+    now_s, ran = 0.0, {"r": 0}
+    while rounds.open_ids:
+        for assignment in rounds.plan(now_s).assignments:
+            if assignment.request_ids == ("r",) and assignment.kind == "denoise":
+                ran["r"] += assignment.steps
+        running = rounds.running
+        if running:
+            now_s = max(now_s, running[0].end_s)
+            rounds.finished(running[0].seq, now_s)
+        else:
+            now_s = rounds.next_wakeup_s(now_s)
+    assert ran["r"] == steps
+
+
+def test_what_has_begun_stays_as_it_is() -> None:
+    rounds = RoundScheduler(make_policy("edf"), 1)
+    rounds.arrived("r", chain(10), 0.0, 20.0, cheaper=cheap_chain(10))
+    (first,) = rounds.plan(0.0).assignments
+    assert first.kind == "encode"
+    rounds.arrived("urgent", chain(40), 0.0, 16.5)
+    rounds.finished(first.seq, 0.05)
+    rounds.plan(0.05)
+    assert sum(phase.steps for phase in rounds.phases_of("r")) == 12

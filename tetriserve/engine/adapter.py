@@ -82,6 +82,7 @@ class RequestState:
         latents: as the pipeline's step loop holds them, batch 1.
         sampler: this request's own diffusers scheduler (they are not thread-safe and hold step state).
         step: denoising steps done.
+        velocities: with reuse, (step, what was predicted) of the last two steps that were computed.
     """
 
     request: GenerateRequest
@@ -89,6 +90,7 @@ class RequestState:
     latents: torch.Tensor
     sampler: Any
     step: int = 0
+    velocities: tuple[tuple[int, torch.Tensor], ...] = ()
 
 
 def beside(tokens: torch.Tensor, conditioning: dict[str, Any], name: str, dim: int = 1) -> torch.Tensor:
@@ -241,8 +243,21 @@ class ModelAdapter(ABC):
 
         Returns what was predicted for it: the velocity of the flow at the latents before the step.
         """
+        noise = self.predict_noise(state, state.sampler.timesteps[state.step])
+        if state.request.reuse_every > 1:
+            state.velocities = (*state.velocities[-1:], (state.step, noise))
+        return self._advance(state, noise)
+
+    def coast(self, state: RequestState) -> torch.Tensor:
+        """A step that is not computed: the velocity goes on as it did between the last two that were."""
+        (before, first), (last, second) = state.velocities
+        ahead = (state.step - last) / (last - before)
+        return self._advance(
+            state, (second.float() + ahead * (second.float() - first.float())).to(second.dtype)
+        )
+
+    def _advance(self, state: RequestState, noise: torch.Tensor) -> torch.Tensor:
         timestep = state.sampler.timesteps[state.step]
-        noise = self.predict_noise(state, timestep)
         state.latents = state.sampler.step(noise, timestep, state.latents, return_dict=False)[0]
         state.step += 1
         return noise

@@ -73,7 +73,7 @@ class Engine:
     ) -> tuple[Report, Conditioning, Latents]:
         """After `encode`, the request's pictures through the VAE: conditioning and first latents are new ones."""
         started_s = self._start()
-        state = self._state(request_id, 0, conditioning, latents)
+        state = self._state(request_id, conditioning, latents)
         resolved = state.request.with_pixels(image.pixels for image in request.images)
         return self._began(started_s, request_id, self.adapter.begin_from(resolved, state.conditioning))
 
@@ -98,6 +98,7 @@ class Engine:
     ) -> Report:
         """Run `steps` steps from `first_step` over `gpus`, as range `seq`; the state stays here, on every member.
 
+        With reuse steps are those that are computed; the extrapolated ones behind each are part of it.
         The first of `gpus` reports a preview when the request asks for some and the range passed a mark.
         `conditioning` and `latents` are needed only where this GPU does not hold them already.
         Raises RuntimeError when the state at hand is not at `first_step`, FloatingPointError when the latents
@@ -105,21 +106,28 @@ class Engine:
         """
         started_s = self._start()
         group = self.groups.group(gpus, seq)
-        state = self._state(request_id, first_step, conditioning, latents)
-        self.adapter.wear(state.request)
+        state = self._state(request_id, conditioning, latents)
+        info, adapter = self.adapter.info, self.adapter
+        bounds = (*info.computed_steps(state.request), info.steps_of(state.request))
+        if state.step != bounds[first_step]:
+            raise RuntimeError(
+                f"request {request_id} is at step {state.step} on GPU {self.groups.gpu}, "
+                f"expected {bounds[first_step]}"
+            )
+        adapter.wear(state.request)
         switched_s = time.time()
-        with self.adapter.over(group):
-            for _ in range(steps):
-                before = state.latents
-                velocity = self.adapter.step(state)
+        with adapter.over(group):
+            for end in bounds[first_step + 1 : first_step + steps + 1]:
+                before, velocity = state.latents, adapter.step(state)
+                while state.step < end:
+                    before, velocity = state.latents, adapter.coast(state)
         # every member holds the same latents, so all of them stop here and none waits for another
         if not torch.isfinite(state.latents).all():
             raise FloatingPointError(
                 f"latents are not finite after step {state.step} of request {request_id}"
             )
         report = self._report(started_s, switched_s)
-        steps_of = self.adapter.info.steps_of(state.request)
-        passed = marks_passed(state.request.previews, steps_of, first_step, state.step)
+        passed = marks_passed(state.request.previews, len(bounds) - 1, first_step, first_step + steps)
         if gpus[0] != self.groups.gpu or not passed:
             return report
         return replace(report, preview=self._preview(state, before, velocity))
@@ -133,7 +141,7 @@ class Engine:
     ) -> tuple[Report, np.ndarray]:
         """The finished picture, uint8 [height, width, 3], or clip, uint8 [frames, height, width, 3]."""
         started_s = self._start()
-        state = self._state(request_id, None, conditioning, latents)
+        state = self._state(request_id, conditioning, latents)
         switched_s = time.time()
         image = self.adapter.decode(state.request, state.latents)
         return self._report(started_s, switched_s), image
@@ -212,11 +220,7 @@ class Engine:
         return picture(self.adapter.spatial(state.request, finished), self._colors)
 
     def _state(
-        self,
-        request_id: str,
-        step: int | None,
-        conditioning: Conditioning | None,
-        latents: Latents | None,
+        self, request_id: str, conditioning: Conditioning | None, latents: Latents | None
     ) -> RequestState:
         if conditioning is not None:
             tensors = unpack_conditioning(conditioning, self.adapter.device)
@@ -227,10 +231,6 @@ class Engine:
         state = self._states.get(request_id)
         if state is None:
             raise RuntimeError(f"request {request_id} has no state on GPU {self.groups.gpu}")
-        if step is not None and state.step != step:
-            raise RuntimeError(
-                f"request {request_id} is at step {state.step} on GPU {self.groups.gpu}, expected {step}"
-            )
         return state
 
     def _start(self) -> float:

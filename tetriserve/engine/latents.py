@@ -34,11 +34,13 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Latents:
-    """The committed state after `step` denoising steps, with the sampler's own state (history included)."""
+    """The committed state after `step` denoising steps, with the sampler's own state (history included), and with
+    reuse the velocities to extrapolate from."""
 
     step: int
     tensor: PackedTensor
     sampler: dict[str, Any]
+    velocities: tuple[tuple[int, PackedTensor], ...] = ()
 
 
 def pack_conditioning(state: RequestState) -> Conditioning:
@@ -48,7 +50,8 @@ def pack_conditioning(state: RequestState) -> Conditioning:
 def pack_latents(state: RequestState) -> Latents:
     # `_internal_dict` is the configuration, equal on every replica
     sampler = {k: _pack_value(v) for k, v in vars(state.sampler).items() if k != "_internal_dict"}
-    return Latents(state.step, _pack(state.latents), sampler)
+    velocities = tuple((step, _pack(velocity)) for step, velocity in state.velocities)
+    return Latents(state.step, _pack(state.latents), sampler, velocities)
 
 
 def unpack_conditioning(conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
@@ -62,7 +65,8 @@ def unpack_state(
     sampler = adapter.new_sampler()
     vars(sampler).update({k: _unpack_value(v, adapter.device) for k, v in latents.sampler.items()})
     tensor = _unpack(latents.tensor, adapter.device)
-    return RequestState(request, conditioning, tensor, sampler, latents.step)
+    velocities = tuple((step, _unpack(velocity, adapter.device)) for step, velocity in latents.velocities)
+    return RequestState(request, conditioning, tensor, sampler, latents.step, velocities)
 
 
 def _pack(tensor: torch.Tensor) -> PackedTensor:

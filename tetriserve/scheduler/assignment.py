@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from solver.problem import Job, Phase
+from solver.problem import Job, Phase, least_work_s
 from tetriserve.scheduler.promises import with_margin
 
 EPSILON_S = 1e-9
@@ -62,6 +62,8 @@ class OpenRequest:
         promised: ... it has, and is to be on time.
         planned_end_s: its end in the last packing, None when that did not reach it.
         alone_s: seconds that all of it takes at its fastest degrees.
+        cheaper: a lossy chain that may be taken instead before anything of it is committed, if the deadline would be
+            missed otherwise; empty: none may.
     """
 
     id: str
@@ -82,6 +84,16 @@ class OpenRequest:
     planned_end_s: float | None = None
     promised: bool = False
     alone_s: float = 0.0
+    cheaper: tuple[Phase, ...] = ()
+
+    def cheapen(self, now_s: float) -> None:
+        """Take the cheaper chain, if it is late without, alone or by the last packing, and can be in time with."""
+        if not self.cheaper or self.committed:
+            return
+        ends_s = max(now_s + least_work_s(self.phases), self.planned_end_s or 0.0)
+        is_late = self.set_aside or ends_s > self.deadline_s
+        if is_late and now_s + least_work_s(self.cheaper) <= self.deadline_s:
+            self.phases, self.cheaper = self.cheaper, ()
 
     @property
     def plannable(self) -> bool:

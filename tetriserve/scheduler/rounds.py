@@ -76,9 +76,10 @@ class RoundScheduler:
         drop_late: bool = False,
         reject_infeasible: bool = False,
         client: str | None = None,
+        cheaper: Sequence[Phase] = (),
     ) -> None:
-        """A request enters with its chain of phases. Raises ValueError on a duplicate id or a chain that
-        no GPU set can run."""
+        """A request enters with its chain of phases, and one that may be taken instead where it would be late. Raises
+        ValueError on a duplicate id or a chain that no GPU set can run."""
         if request_id in self._open:
             raise ValueError(f"request {request_id} is already open")
         for phase in phases:
@@ -95,6 +96,7 @@ class RoundScheduler:
             client,
             ready_s=now_s,
             alone_s=least_work_s(phases),
+            cheaper=tuple(cheaper),
         )
         self._load.arrived(phases, deadline_s - now_s, now_s)
 
@@ -149,6 +151,10 @@ class RoundScheduler:
         request.phases = phases
         return True
 
+    def phases_of(self, request_id: str) -> tuple[Phase, ...]:
+        """The chain of an open request as it is planned."""
+        return self._open[request_id].phases
+
     def stranded(self, n_gpus: int) -> list[str]:
         """Requests that cannot run when only `n_gpus` GPUs are left; the caller ends and cancels them."""
         return [request.id for request in self._open.values() if not fits(request.phases, n_gpus)]
@@ -202,6 +208,8 @@ class RoundScheduler:
     def snapshot(self, now_s: float) -> Snapshot:
         """The board as the policy shall see it. Moves the round boundary on when `now_s` has reached it."""
         self._predict(now_s)
+        for request in self._open.values():
+            request.cheapen(now_s)
         jobs = tuple(request.job() for request in self._open.values() if request.plannable)
         round_s = self.round_s(jobs)
         if now_s + self.lead_s >= self._boundary_s - EPSILON_S:

@@ -44,6 +44,18 @@ class Disturbance:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Reuse:
+    """Whether steps are extrapolated: `when` is "never", "late" or "always"; then only every `k`-th is computed."""
+
+    when: str = "never"
+    k: int = 2
+
+    def every(self, when: str) -> int:
+        """`k` where it is used so, else 1."""
+        return self.k if self.when == when else 1
+
+
 @dataclass
 class Simulation:
     """What happened: outcomes in order of the trace, ranges in order of their start, seconds per decision."""
@@ -156,6 +168,7 @@ def simulate(
     min_round_s: float = 0.0,
     lead_s: float = 0.0,
     disturbance: Disturbance | None = None,
+    reuse: Reuse | None = None,
     on_settled: Callable[[], object] = lambda: None,
 ) -> Simulation:
     """Run a trace to its end.
@@ -163,13 +176,18 @@ def simulate(
     Args:
         trace: in order of arrival.
         round_s, min_round_s, lead_s: as in `RoundScheduler`.
+        reuse: of steps.
         on_settled: called whenever a request is finished or dropped.
 
     Raises:
         ConfigError: a shape does not fit the profile or the GPUs.
         TetriserveError: the policy leaves requests waiting on idle GPUs for ever.
     """
-    chains = {request.id: request.chain(profile, n_gpus) for request in trace}
+    reuse = reuse or Reuse()
+    chains = {request.id: request.chain(profile, n_gpus, reuse.every("always")) for request in trace}
+    cheaper = {request.id: request.chain(profile, n_gpus, reuse.every("late")) for request in trace}
+    if reuse.when != "late":
+        cheaper = {}
     scheduler = RoundScheduler(policy, n_gpus, round_s=round_s, min_round_s=min_round_s, lead_s=lead_s)
     machine = _Machine(n_gpus, disturbance or Disturbance())
     done = Simulation()
@@ -185,7 +203,7 @@ def simulate(
                 finish_s.update(dict.fromkeys(entry.request_ids, entry.end_s))
                 on_settled()
         while arrivals and arrivals[0].arrival_s <= now_s + EPSILON_S:
-            _arrive(scheduler, arrivals.popleft(), chains)
+            _arrive(scheduler, arrivals.popleft(), chains, cheaper)
         for request_id in scheduler.expired(now_s):
             scheduler.cancelled(request_id)
             on_settled()
@@ -215,7 +233,12 @@ def simulate(
     return done
 
 
-def _arrive(scheduler: RoundScheduler, request: TraceRequest, chains: dict[str, tuple[Phase, ...]]) -> None:
+def _arrive(
+    scheduler: RoundScheduler,
+    request: TraceRequest,
+    chains: dict[str, tuple[Phase, ...]],
+    cheaper: dict[str, tuple[Phase, ...]],
+) -> None:
     scheduler.arrived(
         request.id,
         chains[request.id],
@@ -223,4 +246,5 @@ def _arrive(scheduler: RoundScheduler, request: TraceRequest, chains: dict[str, 
         request.deadline_s,
         priority=request.priority,
         drop_late=request.drop_late,
+        cheaper=cheaper.get(request.id, ()),
     )

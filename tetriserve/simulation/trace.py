@@ -19,6 +19,7 @@ from tetriserve.chain import chain_of
 from tetriserve.errors import ConfigError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
+from tetriserve.reuse import computed_steps
 
 MAX_LINE_CHARS = 1_000_000
 MAX_REQUESTS = 100_000
@@ -56,8 +57,11 @@ class TraceRequest:
     def deadline_s(self) -> float:
         return math.inf if self.slo_s is None else self.arrival_s + self.slo_s
 
-    def chain(self, profile: Profile, n_gpus: int) -> tuple[Phase, ...]:
+    def chain(self, profile: Profile, n_gpus: int, reuse_every: int = 1) -> tuple[Phase, ...]:
         """The phases to run on `n_gpus` GPUs; encode and decode only where they take time.
+
+        Args:
+            reuse_every: of the steps behind the first ones; the others are extrapolated, and cost nothing.
 
         Raises ConfigError for a shape above the largest of the profile (below the smallest, its times are an
         upper limit) and for one that has no degree on so few GPUs.
@@ -67,7 +71,8 @@ class TraceRequest:
             raise ConfigError(
                 f"request {self.id}: shape {self.shape} is outside the profile, which ends at {largest}"
             )
-        chain = chain_of(profile, self.shape, self.num_inference_steps, range(1, n_gpus + 1))
+        steps = len(computed_steps(self.num_inference_steps, reuse_every))
+        chain = chain_of(profile, self.shape, steps, range(1, n_gpus + 1))
         if not all(phase.step_s for phase in chain):
             raise ConfigError(f"request {self.id}: no degree for {self.shape} fits on {n_gpus} GPUs")
         return tuple(phase for phase in chain if phase.kind == "denoise" or phase.step_s[1] > 0)
