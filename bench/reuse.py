@@ -4,9 +4,9 @@ computed and against simply asking for fewer steps.
     python bench/reuse.py [--cells 256x256:12:100 512x512:12:20 ...] [--every 2 3 4] [--out bench/results/reuse]
 
 A cell is SIZE:STEPS:PROMPTS; prompts are those of bench/quality.py, `bench/adherence.py` judges. Every picture's row
-is kept in `reuse.json` under --out, so a run that was cut goes on. Prints, and writes to `reuse.md`: the share of steps
-that are not computed, PSNR to the picture with all of them (median and worst), CPU seconds as a share of its, and
-pictures that show what was asked; "N steps" is the plain model with as many steps as the level computes.
+is kept in `reuse.json` under --out, so a run that was cut goes on. Prints, and writes to `reuse.md`: the share of
+steps that are not computed, PSNR to the picture with all of them (median and worst), CPU seconds as a share of its,
+and pictures that show what was asked; "N steps" is the plain model with as many steps as the level computes.
 """
 
 from __future__ import annotations
