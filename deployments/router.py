@@ -33,8 +33,9 @@ from tetriserve.errors import (
     TetriserveError,
     first_line,
 )
+from tetriserve.model_info import ModelInfo
 from tetriserve.profile import Profile
-from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
+from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, Progress
 
 STATUS_TIMEOUT_S = 2.0
 """How long a cell may take to say how it is; /health answers within this."""

@@ -19,6 +19,7 @@ from deployments.cell.meters import Families
 from deployments.config import AppArgs
 from deployments.http.ingress import Ingress
 from deployments.http.pictures import Pictures
+from tetriserve.model_info import ModelInfo
 from tetriserve.profile import Profile
 from tetriserve.request import (
     CellStatus,
@@ -27,7 +28,6 @@ from tetriserve.request import (
     GenerateResult,
     LostRange,
     Metrics,
-    ModelInfo,
     PlannedWith,
     Progress,
     Shape,

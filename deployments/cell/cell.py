@@ -19,8 +19,9 @@ from deployments.cell.scheduler import create_scheduler
 from deployments.config import AppArgs
 from deployments.logs import LogForm, log_request, logger
 from tetriserve.errors import ConfigError
+from tetriserve.model_info import ModelInfo
 from tetriserve.profile import Profile
-from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
+from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, Progress
 
 STATUS_TIMEOUT_S = 1.0
 

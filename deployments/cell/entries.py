@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tetriserve.engine.report import Report, together
+from tetriserve.model_info import ModelInfo
 from tetriserve.request import (
     Execution,
     GenerateRequest,
     GenerateResult,
     LostRange,
     Metrics,
-    ModelInfo,
     PlannedWith,
     Progress,
     StepRange,

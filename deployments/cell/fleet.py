@@ -21,8 +21,9 @@ from deployments.progress import note, session_folder
 from solver.placement import gpu_sets, group_sets
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory, first_line
+from tetriserve.model_info import ModelInfo
 from tetriserve.profile import Profile
-from tetriserve.request import ModelInfo, Shape
+from tetriserve.request import Shape
 
 Measured = Callable[[Shape, int, float], None]
 """Told of every measurement: shape, degree, seconds of a step."""

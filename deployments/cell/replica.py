@@ -26,7 +26,8 @@ from deployments.progress import note
 from tetriserve.engine.environment import set_environment
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory, first_line
-from tetriserve.request import GenerateRequest, ModelInfo, Shape
+from tetriserve.model_info import ModelInfo
+from tetriserve.request import GenerateRequest, Shape
 from tetriserve.scheduler.assignment import Assignment
 
 CPU_NICENESS = 19

@@ -32,8 +32,9 @@ from deployments.logs import LogForm, logger, write_as
 from solver.policies import make_policy
 from solver.problem import Job, Policy, Snapshot
 from tetriserve.errors import CellLost, OutOfMemory
+from tetriserve.model_info import ModelInfo
 from tetriserve.profile import Profile
-from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, ModelInfo, Progress
+from tetriserve.request import CellStatus, GenerateRequest, GenerateResult, Progress
 from tetriserve.scheduler.history import Plan
 from tetriserve.scheduler.live_profile import LiveProfile
 from tetriserve.scheduler.rounds import RoundScheduler

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from deployments.cell.fleet import Fleet
 from deployments.cell.meters import Meters
 from deployments.config import AppArgs
-from tetriserve.request import ModelInfo
+from tetriserve.model_info import ModelInfo
 from tetriserve.scheduler.history import History
 from tetriserve.scheduler.live_profile import LiveProfile
 from tetriserve.scheduler.rounds import RoundScheduler

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tetriserve.request import CellStatus, ModelInfo
+from tetriserve.model_info import ModelInfo
+from tetriserve.request import CellStatus
 
 
 class _Answer(BaseModel):

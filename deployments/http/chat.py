@@ -9,7 +9,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from deployments.config import HTTPArgs
-from deployments.http.bodies import ImageRequest, metrics_body
+from deployments.http.bodies import ImageRequest
+from deployments.http.responses import metrics_body
 from tetriserve.errors import InvalidRequest
 from tetriserve.request import GenerateResult
 

@@ -19,7 +19,7 @@ from deployments.http.bodies import ImageRequest, Number
 from deployments.http.pictures import read_image
 from tetriserve.errors import InvalidRequest
 from tetriserve.images import InputImage
-from tetriserve.request import ModelInfo
+from tetriserve.model_info import ModelInfo
 
 PICTURES = ("image", "image[]", "images")
 """Fields that hold pictures, one or a list."""

@@ -16,8 +16,9 @@ from PIL import Image
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deployments.http.bodies import NO_TOKENS, ImageRequest, describe_error, metrics_body
+from deployments.http.bodies import ImageRequest
 from deployments.http.pictures import encode_image
+from deployments.http.responses import NO_TOKENS, describe_error, metrics_body
 from deployments.router import as_tetriserve_error
 from tetriserve.errors import GenerationFailed
 from tetriserve.request import GenerateRequest, GenerateResult, Progress

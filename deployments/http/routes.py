@@ -26,22 +26,21 @@ from starlette.routing import Match
 from deployments.cell.meters import exposition
 from deployments.config import AppArgs
 from deployments.http import answers
-from deployments.http.bodies import (
-    ImageRequest,
-    describe_error,
-    error_body,
-    generation_headers,
-    image_response,
-    model_body,
-    picture_ids,
-    result_headers,
-)
+from deployments.http.bodies import ImageRequest, picture_ids
 from deployments.http.chat import CHAT_SCHEMA, chat_response, parse_chat
 from deployments.http.edits import EDIT_BODY, parse_edit
 from deployments.http.events import EventResponse, events, newest
 from deployments.http.keys import Keys
 from deployments.http.pictures import Picture, encode_image
 from deployments.http.plain import Counted, HeadAsGet, read_body
+from deployments.http.responses import (
+    describe_error,
+    error_body,
+    generation_headers,
+    image_response,
+    model_body,
+    result_headers,
+)
 from deployments.router import Router, as_tetriserve_error, translate, why_not_ready
 from tetriserve import __version__
 from tetriserve.errors import GenerationFailed, InvalidRequest, NotFound, NotReady, TetriserveError

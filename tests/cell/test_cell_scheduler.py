@@ -21,8 +21,9 @@ from deployments.logs import logger
 from solver.problem import Job, Packing, Phase, Snapshot
 from tetriserve.engine.report import Report
 from tetriserve.errors import DeadlineInfeasible, NotReady, Overloaded
+from tetriserve.model_info import ModelInfo
 from tetriserve.profile import Profile
-from tetriserve.request import GenerateRequest, ModelInfo, Progress, Shape
+from tetriserve.request import GenerateRequest, Progress, Shape
 from tetriserve.scheduler.assignment import Assignment
 from tetriserve.scheduler.live_profile import LiveProfile
 from tetriserve.scheduler.rounds import RoundScheduler

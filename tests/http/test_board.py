@@ -16,8 +16,9 @@ from deployments.config import AppArgs, HTTPArgs
 from deployments.http.keys import Keys
 from solver.problem import Entry as Packed
 from solver.problem import Job, Packing, Snapshot
+from tetriserve.model_info import ModelInfo
 from tetriserve.profile import Profile
-from tetriserve.request import Execution, GenerateRequest, ModelInfo, Shape
+from tetriserve.request import Execution, GenerateRequest, Shape
 from tetriserve.scheduler.history import KEPT_S, MAX_RUNS, History, Plan, Run
 from tetriserve.scheduler.live_profile import LiveProfile
 from tetriserve.scheduler.rounds import RoundScheduler

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.http.bodies import metrics_body
+from deployments.http.responses import metrics_body
 from tetriserve.request import Execution, LostRange, Metrics, PlannedWith
 from tetriserve.scheduler.explain import Explained, explain, merged, of_metrics, table
 

@@ -19,7 +19,8 @@ from tetriserve.engine.kernels import Kernel
 from tetriserve.engine.sequence import SequenceParallel, ShardPlan
 from tetriserve.engine.words import Watch
 from tetriserve.errors import ConfigError
-from tetriserve.request import GenerateRequest, ModelInfo
+from tetriserve.model_info import ModelInfo
+from tetriserve.request import GenerateRequest
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
 from tetriserve.images import Editing
+from tetriserve.model_info import ModelInfo
 from tetriserve.models.flow import set_timesteps, shift, start_late
-from tetriserve.request import GenerateRequest, ModelInfo
+from tetriserve.request import GenerateRequest
 
 
 class FluxAdapter(ModelAdapter):

@@ -11,8 +11,9 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
 from tetriserve.images import Editing
+from tetriserve.model_info import ModelInfo
 from tetriserve.models.flow import set_timesteps
-from tetriserve.request import GenerateRequest, ModelInfo
+from tetriserve.request import GenerateRequest
 
 MAX_REFERENCES = 10
 """As many as Black Forest Labs say it can keep apart."""

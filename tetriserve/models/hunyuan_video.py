@@ -10,8 +10,8 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 from tetriserve.engine.adapter import ModelLimits
 from tetriserve.engine.sequence import ShardPlan
 from tetriserve.errors import ConfigError
+from tetriserve.model_info import ModelInfo
 from tetriserve.models.modular import ModularAdapter
-from tetriserve.request import ModelInfo
 
 TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
 from tetriserve.images import NO_EDITING, Editing
+from tetriserve.model_info import ModelInfo
 from tetriserve.models.flow import set_timesteps, shift
 from tetriserve.models.wan_vae import frames
-from tetriserve.request import GenerateRequest, ModelInfo
+from tetriserve.request import GenerateRequest
 
 
 class QwenImageAdapter(ModelAdapter):
@@ -129,7 +130,7 @@ class QwenImageEditPlusAdapter(QwenImageAdapter):
 
     pipeline_class: ClassVar[Any] = QwenImageEditPlusPipeline
     family = "qwen-image-edit-plus"
-    editing = Editing(max_images=4, enlarges=True)
+    editing = Editing(max_images=4, needs_image=True, enlarges=True)
     encoder_pixels = CONDITION_IMAGE_SIZE
 
     def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
@@ -164,7 +165,7 @@ class QwenImageEditAdapter(QwenImageEditPlusAdapter):
 
     pipeline_class = QwenImageEditPipeline
     family = "qwen-image-edit"
-    editing = Editing(max_images=1, enlarges=True)
+    editing = Editing(max_images=1, needs_image=True, enlarges=True)
     encoder_pixels = editing.reference_pixels
 
     def _as_taken(self, images: list[Any]) -> Any:

@@ -12,8 +12,9 @@ from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, pictures_of
 from tetriserve.engine.sequence import ShardPlan
 from tetriserve.images import Editing
+from tetriserve.model_info import ModelInfo
 from tetriserve.models.flow import shift, start_late
-from tetriserve.request import GenerateRequest, ModelInfo
+from tetriserve.request import GenerateRequest
 
 CUT_OUTPUT = ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)
 

@@ -10,8 +10,9 @@ from diffusers import WanPipeline
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, picture
 from tetriserve.errors import ConfigError
+from tetriserve.model_info import ModelInfo
 from tetriserve.models.wan_vae import frames
-from tetriserve.request import GenerateRequest, ModelInfo
+from tetriserve.request import GenerateRequest
 
 
 class WanAdapter(ModelAdapter):

@@ -10,8 +10,9 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.engine.sequence import Joint, ShardPlan
+from tetriserve.model_info import ModelInfo
 from tetriserve.models.flow import set_timesteps, shift
-from tetriserve.request import GenerateRequest, ModelInfo
+from tetriserve.request import GenerateRequest
 
 TURBO_STEPS = 8
 """Of Z-Image-Turbo, which is distilled and takes no guidance."""
