@@ -10,9 +10,9 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
 from deployments.cell.cell import Cell
+from deployments.cluster_file import load_keys
 from deployments.config import AppArgs
 from deployments.http.ingress import Ingress
-from deployments.http.keys import load_keys
 from deployments.http.pictures import Pictures
 from deployments.replacing import check_replacement
 from tetriserve.errors import ConfigError

@@ -13,8 +13,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-from deployments.config import AppArgs
-from deployments.http.keys import load_keys
+from deployments.config import AppArgs, HTTPArgs
 from tetriserve.errors import ConfigError
 from tetriserve.models.embedded import EMBEDDED
 from tetriserve.profile import Profile
@@ -22,6 +21,8 @@ from tetriserve.profile import Profile
 INSTALLED = Path(__file__).parent.parent
 """Where this package and its cluster files are."""
 IMPORT_PATH = "deployments.app:build"
+SHORTEST_KEY = 16
+"""Shorter ones can be guessed."""
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
@@ -107,6 +108,29 @@ def check_paths(args: AppArgs) -> None:
             raise ConfigError(f"args.profile.path: {args.profile.path} has no degrees {sorted(missing)}")
     if args.http.api_keys_file is not None:
         load_keys(args.http)
+
+
+def load_keys(http: HTTPArgs) -> tuple[bytes, ...]:
+    """The allowed keys; none when none are configured. Raises `ConfigError`, which never shows a key."""
+    if not http.has_keys:
+        return ()
+    keys: list[str] = []
+    if http.api_keys_env is not None:
+        keys += os.environ.get(http.api_keys_env, "").split(",")
+    if http.api_keys_file is not None:
+        try:
+            lines = Path(http.api_keys_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = type(error).__name__
+            raise ConfigError(f"http.api_keys_file: cannot read {http.api_keys_file!r}: {reason}") from None
+        keys += [line for line in lines if not line.lstrip().startswith("#")]
+    found = [key.strip() for key in keys if key.strip()]
+    source = "http.api_keys_file" if http.api_keys_file is not None else "http.api_keys_env"
+    if not found:
+        raise ConfigError(f"{source}: no key is there; leave the field out to serve without keys")
+    if min(map(len, found)) < SHORTEST_KEY:
+        raise ConfigError(f"{source}: a key is shorter than {SHORTEST_KEY} characters")
+    return tuple(key.encode() for key in found)
 
 
 def with_whole_paths(args: dict[str, Any]) -> dict[str, Any]:

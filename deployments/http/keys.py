@@ -6,39 +6,14 @@ import hashlib
 import hmac
 import os
 import time
-from pathlib import Path
 
+from deployments.cluster_file import load_keys
 from deployments.config import HTTPArgs
 from deployments.logs import logger
 from tetriserve.errors import ConfigError, Unauthorized
 
-SHORTEST_KEY = 16
-"""Shorter ones can be guessed."""
 LOOK_S = 1.0
 """How often a file of keys is looked at."""
-
-
-def load_keys(http: HTTPArgs) -> tuple[bytes, ...]:
-    """The allowed keys; none when none are configured. Raises `ConfigError`, which never shows a key."""
-    if not http.has_keys:
-        return ()
-    keys: list[str] = []
-    if http.api_keys_env is not None:
-        keys += os.environ.get(http.api_keys_env, "").split(",")
-    if http.api_keys_file is not None:
-        try:
-            lines = Path(http.api_keys_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = type(error).__name__
-            raise ConfigError(f"http.api_keys_file: cannot read {http.api_keys_file!r}: {reason}") from None
-        keys += [line for line in lines if not line.lstrip().startswith("#")]
-    found = [key.strip() for key in keys if key.strip()]
-    source = "http.api_keys_file" if http.api_keys_file is not None else "http.api_keys_env"
-    if not found:
-        raise ConfigError(f"{source}: no key is there; leave the field out to serve without keys")
-    if min(map(len, found)) < SHORTEST_KEY:
-        raise ConfigError(f"{source}: a key is shorter than {SHORTEST_KEY} characters")
-    return tuple(key.encode() for key in found)
 
 
 class Keys:
