@@ -79,11 +79,11 @@ def steps(ranks: Ranks, rows: Rows, degrees: list[int], options: argparse.Namesp
             gpus, name = tuple(range(degree)), f"steps-{side}-{degree}"
             seq += 1
             took = ranks.all(gpus, "call", "measure", name, Shape(side, side), gpus, seq, 2, options.repeats)
-            if failed := [one for one in took if not isinstance(one, tuple)]:
+            if failed := [one for one in took if "denoise" not in one]:
                 rows.add(side=side, degree=degree, error=str(failed[0])[-300:])
                 ranks.all(gpus, "call", "abandon", name, gpus, seq)
                 continue
-            step_ms = 1e3 * max(one[0] for one in took)
+            step_ms = 1e3 * max(one["denoise"] for one in took)
             alone_ms = alone_ms or step_ms
             rows.add(side=side, degree=degree, step_ms=step_ms, efficiency=alone_ms / step_ms / degree)
 
