@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= cluster_configs/cpu_local.yaml
 PORT ?= 8000
 
-.PHONY: install serve test test-all fuzz lint clean
+.PHONY: install serve test test-ci test-all fuzz lint clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,10 @@ serve: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+# what CI runs: every kind of fault, family and degree
+test-ci: install lint
+	$(BIN)/python -m pytest -m "not long"
 
 # with the longest runs, such as all of bench/gpu on the CPU
 test-all: install lint

@@ -427,6 +427,7 @@ def test_a_broken_replica_is_replaced_and_its_requests_go_on(server: Server, blo
     assert {gpu for part in alone["metrics"]["schedule"] for gpu in part["gpus"]} <= {0, 1}
 
 
+@pytest.mark.slow
 def test_a_dead_scheduler_loses_no_request(server: Server) -> None:
     """Ten requests in flight: all of them end with the picture they would have had anyway, timed from arrival."""
     load = [body("512x512", seed) for seed in range(8)] + [body("1024x1024", seed) for seed in range(2)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import ray
 import torch
 import yaml
@@ -31,6 +32,7 @@ PROFILE = {
 }
 
 
+@pytest.mark.slow
 def test_clips_and_pictures_of_one_model(tmp_path: Path) -> None:
     """Frames reach the plan, the pixels and the answer: a clip of nine, a picture beside it, and a number between."""
     folder = tiny_wan(tmp_path / "wan")

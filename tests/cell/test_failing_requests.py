@@ -170,6 +170,7 @@ def test_out_of_memory_ends_or_widens_its_request_only(args: AppArgs, group: Pla
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_an_error_of_a_library_ends_its_request_and_not_the_replica(
     args: AppArgs, group: PlacementGroup
 ) -> None:
@@ -188,6 +189,7 @@ def test_an_error_of_a_library_ends_its_request_and_not_the_replica(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_shape_and_degree_without_memory_is_left_out_of_the_profile(
     args: AppArgs, group: PlacementGroup
 ) -> None:
@@ -211,6 +213,7 @@ def test_a_shape_and_degree_without_memory_is_left_out_of_the_profile(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_broken_device_ends_its_replica_and_no_request_takes_them_all(
     args: AppArgs, group: PlacementGroup
 ) -> None:
@@ -237,6 +240,7 @@ def test_a_broken_device_ends_its_replica_and_no_request_takes_them_all(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_small_pictures_do_not_stay_in_the_memory_of_the_scheduler(
     args: AppArgs, group: PlacementGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def leave_when(lab: Lab, item: dict[str, Any], condition: Callable[[], bool]) ->
     return asyncio.run(leave())
 
 
+@pytest.mark.slow
 def test_a_kill_in_encode(lab: Lab) -> None:
     """The range behind it is in flight too, on both GPUs as a rule: it must not hold up the one that lives on."""
     item = body("512x512", 3)
@@ -194,6 +195,7 @@ def test_a_kill_in_encode(lab: Lab) -> None:
     until_hit(attempt)
 
 
+@pytest.mark.slow
 def test_a_kill_in_denoising_at_degree_1(lab: Lab) -> None:
     """Four small requests at once share the GPUs one each."""
     load = [body("256x256", seed, num_inference_steps=50) for seed in range(4)]
@@ -217,6 +219,7 @@ def test_a_kill_in_denoising_at_degree_2(lab: Lab) -> None:
     until_hit(attempt)
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_ranges(lab: Lab) -> None:
     """A request that waits for its next range while the replica that ran the last one dies."""
     patient = body("1024x1024", 4, num_inference_steps=8, slo_ms=60_000)
@@ -243,6 +246,7 @@ def test_a_kill_between_two_ranges(lab: Lab) -> None:
     until_hit(attempt)
 
 
+@pytest.mark.slow
 def test_a_kill_in_decode(lab: Lab) -> None:
     def attempt(_: int) -> bool:
         victim = lab.of_gpu_0()
@@ -255,6 +259,7 @@ def test_a_kill_in_decode(lab: Lab) -> None:
     until_hit(attempt)
 
 
+@pytest.mark.slow
 def test_both_replicas_die_at_once(lab: Lab) -> None:
     load = [LARGE, *(body("512x512", seed) for seed in range(3))]
 
@@ -268,6 +273,7 @@ def test_both_replicas_die_at_once(lab: Lab) -> None:
     until_hit(attempt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["the new replica", "the survivor"])
 def test_a_kill_during_recovery(lab: Lab, victim: str) -> None:
     load = [LARGE, *(body("512x512", seed, num_inference_steps=20) for seed in range(3))]
@@ -296,6 +302,7 @@ def test_a_cancel_in_encode(lab: Lab) -> None:
     lab.check(LARGE, answers=lab.start(LARGE))
 
 
+@pytest.mark.slow
 def test_a_cancel_in_decode(lab: Lab) -> None:
     """Denoising is cancelled in test_serve.py."""
     until_hit(lambda _: leave_when(lab, LONG_DECODE, lab.decodes(lab.of_gpu_0())))
@@ -303,6 +310,7 @@ def test_a_cancel_in_decode(lab: Lab) -> None:
     lab.check(LARGE, answers=lab.start(LARGE))
 
 
+@pytest.mark.slow
 def test_pictures_behind_urls_outlive_the_front_that_gave_them(lab: Lab) -> None:
     """Two ingress processes; both die, one after the other, and what they gave out stays good."""
     (item,) = lab.post(body("256x256", 6, response_format="url"))["data"]
@@ -352,6 +360,7 @@ def test_a_scheduler_that_stands_still_while_its_cell_starts(tmp_path: Path) -> 
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_lost_too_often_is_cordoned(tmp_path: Path) -> None:
     server = Server(write_config(tmp_path, PROFILE, max_losses=0, step_timeout_floor_s=60))
     try:

@@ -201,6 +201,7 @@ def test_a_replica_that_fails_while_the_groups_are_built_is_started_again(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_four_gpus_any_dies_and_the_rest_build_a_group_that_was_not_there(root: Path) -> None:
     """Threes are built when they are needed first, here while a GPU is dead."""
 
@@ -240,6 +241,7 @@ def test_three_gpus_a_torn_group_is_built_anew_while_the_third_is_dead(root: Pat
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_the_member_that_failed_is_heard_not_the_ones_that_waited_for_it(root: Path) -> None:
     async def run() -> None:
         async with cell(root, 2, {1: 10 * STEP_S, 2: STEP_S}) as scheduler:

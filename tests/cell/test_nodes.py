@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import yaml
 from live_server import write_config
 
@@ -70,6 +71,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_lost_node_takes_only_its_cell(tmp_path: Path) -> None:
     path = write_config(tmp_path, PROFILE, gpus=1, cpus_per_replica=0.75, scheduler_cpus=0.25)
     config = yaml.safe_load(path.read_text())

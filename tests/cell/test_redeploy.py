@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 from live_server import write_config
 
 PROFILE = {
@@ -128,6 +129,7 @@ print(f"replaced in {time.monotonic() - start:.1f} s, the keys mended and the sa
 """
 
 
+@pytest.mark.slow
 def test_deploying_again(tmp_path: Path) -> None:
     config = write_config(tmp_path, PROFILE, step_timeout_floor_s=60)
     script = tmp_path / "script.py"

@@ -411,17 +411,21 @@ REQUESTS = {
 }
 
 
-MEGAPIXEL = ("flux-kontext", "qwen-image-edit", "qwen-image-edit-plus")
+LARGE = ("flux-kontext", "qwen-image-edit", "qwen-image-edit-plus", "hunyuan-video")
+"""Their references have a megapixel, or their text 1985 tokens: seconds a step here."""
 
 
-@pytest.mark.parametrize(
-    ("name", "degree"),
-    [
-        (name, degree)
-        for name in REQUESTS
-        for degree in ([1, 3] if REQUESTS[name][0] in MEGAPIXEL else [1, 2, 3, 4])
-    ],
-)
+def cases(ways: Sequence[int], quick: int) -> list[Any]:
+    """Every request in every way, the large ones in two; `quick` is the one that is always tried."""
+    return [
+        pytest.param(name, way, marks=[pytest.mark.slow] * (way != quick or (is_large and quick == 0)))
+        for name, (model, _) in REQUESTS.items()
+        for is_large in (model in LARGE,)
+        for way in (sorted({quick, ways[0]}) if is_large else ways)
+    ]
+
+
+@pytest.mark.parametrize(("name", "degree"), cases([1, 2, 3, 4], quick=3))
 def test_fixed_degree_equals_plain_pipeline(pool, plain, name: str, degree: int) -> None:
     model, request = REQUESTS[name]
     gpus = tuple(range(degree))
@@ -430,11 +434,7 @@ def test_fixed_degree_equals_plain_pipeline(pool, plain, name: str, degree: int)
     assert_same(journey, journey.finish(gpus[-1]), plain(model, request))
 
 
-@pytest.mark.parametrize(
-    ("name", "seed"),
-    # references of a megapixel take long here
-    [(name, seed) for name in REQUESTS for seed in range(1 if REQUESTS[name][0] in MEGAPIXEL else 4)],
-)
+@pytest.mark.parametrize(("name", "seed"), cases([0, 1, 2, 3], quick=0))
 def test_any_journey_equals_plain_pipeline(pool, plain, name: str, seed: int) -> None:
     """Random step ranges at random degrees on random GPU sets, aligned or not."""
     model, request = REQUESTS[name]

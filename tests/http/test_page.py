@@ -389,6 +389,7 @@ def test_axe_finds_nothing_serious(page: Page, scheme: Any, width: int) -> None:
     assert overflow == 0
 
 
+@pytest.mark.slow
 def test_it_is_live_again_after_a_restart_of_the_server(page: Page, server: Server) -> None:
     page.expected = "ERR_|status of (404|5)"  # type: ignore[attr-defined]  # 404: no route yet
     server.stop()
