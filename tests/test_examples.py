@@ -12,6 +12,8 @@ import pytest
 from live_server import Server, write_config
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

@@ -222,6 +222,7 @@ def test_four_gpus_any_dies_and_the_rest_build_a_group_that_was_not_there(root: 
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_three_gpus_a_torn_group_is_built_anew_while_the_third_is_dead(root: Path) -> None:
     """A request that is short of memory at degree 2 tears the group of GPUs 0 and 1 down, and waits for GPU 2."""
 

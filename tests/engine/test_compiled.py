@@ -84,7 +84,14 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize(
     "make",
-    [tiny_flux, tiny_flux2_klein, tiny_qwen_image, tiny_sd3, tiny_wan, tiny_z_image, tiny_hunyuan_video],
+    [
+        tiny_flux,
+        tiny_sd3,
+        *(
+            pytest.param(make, marks=pytest.mark.slow)
+            for make in (tiny_flux2_klein, tiny_qwen_image, tiny_wan, tiny_z_image, tiny_hunyuan_video)
+        ),
+    ],
 )
 def test_other_sizes_and_degrees_need_no_new_graph(
     tmp_path: Path, traced: Any, make: Callable[[Path], Path]

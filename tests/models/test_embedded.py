@@ -126,6 +126,7 @@ def test_training_text_is_what_the_pipeline_sees() -> None:
     assert long[:, TEXT_TOKENS - 1 :].abs().max() == 0
 
 
+@pytest.mark.slow
 def test_checker_accepts_drawn_pictures_and_refuses_others() -> None:
     choice = random.Random(1)
     accepted, refused, pairs = 0, 0, 200

@@ -93,6 +93,7 @@ class _Blind(IlpPolicy):
         return super().__call__(replace(snapshot, expected=()))
 
 
+@pytest.mark.slow
 def test_overload_costs_little_more_than_what_is_too_much() -> None:
     """L20, twice what 8 GPUs can do: a quarter of the requests ask for nine tenths of the work.
 
