@@ -24,8 +24,6 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 SERVER = "http://127.0.0.1:8000"
 
-SLOW = ("profiles",)
-"""They profile and simulate."""
 MAY_FAIL = ("curl -s -X DELETE",)
 """Commands about something that the reader has and a test has not."""
 
@@ -58,14 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the documents' commands need curl")
-@pytest.mark.parametrize(
-    "document",
-    [
-        pytest.param(document, id=document.stem, marks=[pytest.mark.slow] * (document.stem in SLOW))
-        for document in DOCS
-        if commands(document)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [d for d in DOCS if commands(d)], ids=lambda path: path.stem)
 def test_commands_run_as_written(document: Path, server: Server, folder: Path) -> None:
     for command in commands(document):
         if "pytest" in command:  # this very suite runs it

@@ -149,6 +149,7 @@ def test_metrics_agree_with_what_was_answered(server: Server) -> None:
     assert change("tetriserve_plan_seconds_count", "0") >= 3
 
 
+@pytest.mark.slow
 def test_a_replayed_trace_has_a_valid_schedule(server: Server, tmp_path: Path) -> None:
     """`tetriserve bench`: what the replicas say they did is a valid schedule by the independent checker."""
     shapes = [(256, 256), (512, 512), (256, 512), (1024, 1024)]
@@ -404,6 +405,7 @@ def test_replicas_have_one_thread_and_low_priority(server: Server) -> None:
         assert min(priorities) < 19  # ... and the actor's own threads do not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", ["SIGKILL", "SIGSTOP"])
 def test_a_broken_replica_is_replaced_and_its_requests_go_on(server: Server, blow: str) -> None:
     """Dead, or alive and standing still: every request ends with the picture it would have had anyway."""

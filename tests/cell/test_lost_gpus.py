@@ -183,6 +183,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "GPUReplica", SlowReplica)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_replica_that_fails_while_the_groups_are_built_is_started_again(
     root: Path, blow: signal.Signals
