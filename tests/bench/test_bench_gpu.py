@@ -95,7 +95,7 @@ def test_a_part_that_takes_too_long_is_cut_with_all_its_processes(
     assert [p for p in psutil.process_iter(["cmdline"]) if here in " ".join(p.info["cmdline"] or [])] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_part_without_time_is_left_out(tmp_path: Path) -> None:
     said = run("run.py", "--small", "--out", str(tmp_path), "--only", "gloo", "machine", "--minutes", "0.29")
     ends = {row["part"]: row["ended"] for row in rows(tmp_path, "parts")}
@@ -103,7 +103,7 @@ def test_a_part_without_time_is_left_out(tmp_path: Path) -> None:
     assert "s were left" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_several_gpus(tmp_path: Path) -> None:
     run("multi.py", "--out", str(tmp_path), "--gpus", "3")

@@ -434,7 +434,7 @@ def test_fixed_degree_equals_plain_pipeline(pool, plain, name: str, degree: int)
     assert_same(journey, journey.finish(gpus[-1]), plain(model, request))
 
 
-@pytest.mark.parametrize(("name", "seed"), cases([0, 1, 2, 3], quick=0))
+@pytest.mark.parametrize(("name", "seed"), cases([0, 1], quick=0))
 def test_any_journey_equals_plain_pipeline(pool, plain, name: str, seed: int) -> None:
     """Random step ranges at random degrees on random GPU sets, aligned or not."""
     model, request = REQUESTS[name]
