@@ -355,7 +355,7 @@ def test_serve_that_is_killed_leaves_nothing() -> None:
     assert any("agent" in line.lower() for line in processes_with(f"TETRISERVE_TEST={port}"))
     process.kill()
     process.wait(10)
-    end_s = time.monotonic() + 15
+    end_s = time.monotonic() + 45  # some of Ray's own agents notice after 13 s
     while processes_with(f"TETRISERVE_TEST={port}"):
         assert time.monotonic() < end_s, processes_with(f"TETRISERVE_TEST={port}")
         time.sleep(0.2)
