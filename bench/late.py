@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from policies import PLAN_LIMIT_S, keep_runs, kept_runs
+from policies import PLAN_LIMIT_S, made_runs
 from suite import FIVE_SEEDS, SUITE, Cell
-from tqdm import tqdm
 
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
@@ -113,7 +112,8 @@ COLUMNS = {
 }
 
 
-def run(mix: Mix | Cell, seed: int) -> dict[str, Any]:
+def run(name: str, seed: int) -> dict[str, Any]:
+    mix = next(mix for mix in MIXES if mix.name == name)
     profile = Profile.load(HERE / "profiles" / f"{mix.profile}.yaml")
     policy = named_policy("ilp", N_GPUS, PLAN_LIMIT_S)
     done = simulate(mix.trace(seed, profile), profile, policy, N_GPUS)
@@ -134,15 +134,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "late")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "late.json"
     mixes = [mix for mix in MIXES if any(fnmatch(mix.name, pattern) for pattern in options.only)]
-    for mix, seed in (bar := tqdm([(mix, seed) for mix in mixes for seed in options.seeds], unit="run")):
-        bar.set_description(f"{mix.name} {seed}")
-        runs = kept_runs(file)
-        if f"{mix.name} {seed}" not in runs or options.again:
-            runs[f"{mix.name} {seed}"] = run(mix, seed)
-            keep_runs(file, runs)
-    runs = kept_runs(file)
+    todo = [(mix.name, seed) for mix in mixes for seed in options.seeds]
+    runs = made_runs(options.out / "late.json", todo, run, again=options.again)
     lines = [f"| load | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for mix in mixes:
         rows = [runs[f"{mix.name} {seed}"] for seed in options.seeds]

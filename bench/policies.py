@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -83,6 +84,23 @@ def keep_runs(file: Path, runs: dict[str, Any]) -> None:
     """Written beside and moved, so that a call that is cut off leaves the file whole."""
     write_json(file.with_suffix(".part"), runs)
     file.with_suffix(".part").replace(file)
+
+
+def made_runs(
+    file: Path, todo: Sequence[tuple[Any, ...]], make: Callable[..., Any], *, again: bool
+) -> dict[str, Any]:
+    """The runs in `file`, those of `todo` that are missing made by `make(*one)`, each kept as soon as it is done.
+
+    A run's name is its parts in a row. With `again` all of `todo` are made anew.
+    """
+    for one in (bar := tqdm(todo, unit="run")):
+        name = " ".join(map(str, one))
+        bar.set_description(name)
+        runs = kept_runs(file)
+        if name not in runs or again:
+            runs[name] = make(*one)
+            keep_runs(file, runs)
+    return kept_runs(file)
 
 
 def main() -> None:

@@ -14,9 +14,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from policies import PLAN_LIMIT_S, keep_runs, kept_runs
+from policies import PLAN_LIMIT_S, made_runs
 from suite import SUITE
-from tqdm import tqdm
 
 from tetriserve.profile import Profile
 from tetriserve.simulation.result import result_of
@@ -65,16 +64,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "reuse")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "load.json"
     todo = [(cell, way, seed) for cell in options.cells for way in WAYS for seed in options.seeds]
-    for cell, way, seed in (bar := tqdm(todo, unit="run")):
-        bar.set_description(f"{cell} {way}")
-        runs = kept_runs(file)
-        key = f"{cell} {way} {seed}"
-        if key not in runs or options.again:
-            runs[key] = run(cell, way, seed)
-            keep_runs(file, runs)
-    runs = kept_runs(file)
+    runs = made_runs(options.out / "load.json", todo, run, again=options.again)
     lines = ["| load | reuse | on time | mean s | reused | plan ms, p99 |", "|---" * 6 + "|"]
     for cell in options.cells:
         for way in WAYS:

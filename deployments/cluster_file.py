@@ -103,11 +103,18 @@ def check_paths(args: AppArgs) -> None:
         if not Path(lora.path).exists() and not re.fullmatch(HUB_ID, lora.path):
             raise ConfigError(f"args.model.loras.{index}.path: no such file or folder: {lora.path}")
     if args.profile.path is not None:
-        missing = set(args.cell.all_degrees) - set(Profile.load(args.profile.path).degrees)
-        if missing:
-            raise ConfigError(f"args.profile.path: {args.profile.path} has no degrees {sorted(missing)}")
+        load_profile(args, args.profile.path)
     if args.http.api_keys_file is not None:
         load_keys(args.http)
+
+
+def load_profile(args: AppArgs, path: str) -> Profile:
+    """The configured one. Raises `ConfigError` when it cannot be read or cannot serve the configured degrees."""
+    profile = Profile.load(path)
+    missing = set(args.cell.all_degrees) - set(profile.degrees)
+    if missing:
+        raise ConfigError(f"args.profile.path: {path} has no degrees {sorted(missing)}")
+    return profile
 
 
 def load_keys(http: HTTPArgs) -> tuple[bytes, ...]:

@@ -281,9 +281,13 @@ class ReuseArgs(_Section):
     def every(self, quality: str | None) -> int:
         """Of the steps of a request that says so; 1: each is computed."""
         level = QUALITIES[quality] if quality is not None else self.level if self.when == "always" else None
-        return self.of_level(level)
+        return self._of_level(level)
 
-    def of_level(self, level: str | None) -> int:
+    def every_if_late(self, quality: str | None) -> int:
+        """The same where it would be late otherwise."""
+        return self._of_level(self.level if quality is None and self.when == "late" else None)
+
+    def _of_level(self, level: str | None) -> int:
         return 1 if level is None else self.low if level == "low" else self.high
 
 

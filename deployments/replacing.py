@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -32,7 +31,7 @@ def check_replacement(args: AppArgs) -> None:
     wanted = Counter[str]()
     for bundle in args.cell.bundles:
         wanted.update(bundle)
-    fitting = [node for node in nodes if _holds(node["Resources"], wanted)]
+    fitting = [node for node in nodes if _share(node["Resources"], wanted) >= 1]
     if not fitting:
         totals: list[dict[str, float]] = [node["Resources"] for node in nodes]
         most = max(totals, key=lambda has: _share(has, wanted), default={})
@@ -69,9 +68,6 @@ def _is_running() -> bool:
     return any(CELL_ACTOR in actor["name"] for actor in actors)
 
 
-def _holds(has: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
-    return all(has.get(name, 0.0) >= amount for name, amount in wanted.items())
-
-
-def _share(has: Mapping[str, Any], wanted: Mapping[str, float]) -> float:
+def _share(has: Mapping[str, float], wanted: Mapping[str, float]) -> float:
+    """Of what is wanted, by what there is least of."""
     return min(has.get(name, 0.0) / amount for name, amount in wanted.items())

@@ -58,6 +58,15 @@ from transformers import (
 from tetriserve.models.embedded.build import make_flux, make_text_stack, make_vae
 
 VAE_CHANNELS = (8, 8, 8, 8)
+VIDEO_VAE: dict[str, Any] = {
+    "z_dim": 16,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.1] * 16,
+    "latents_std": [1.5] * 16,
+}
+"""Of Wan's and Qwen-Image's, which is Wan's."""
 
 
 def tiny_flux(folder: Path, *, guidance_embeds: bool = True, heads: int = 4) -> Path:
@@ -300,15 +309,7 @@ def qwen_image_parts(tokenizer: Qwen2Tokenizer, **of_text_encoder: Any) -> dict[
         joint_attention_dim=32,
         axes_dims_rope=(4, 4, 4),
     )
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=16,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1] * 16,
-        latents_std=[1.5] * 16,
-    )
+    vae = AutoencoderKLQwenImage(base_dim=8, **VIDEO_VAE)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **of_text_encoder)
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
@@ -345,15 +346,7 @@ def tiny_wan(folder: Path, *, experts: bool = False, per_token: bool = False) ->
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-        vae=AutoencoderKLWan(
-            base_dim=4,
-            z_dim=16,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.1] * 16,
-            latents_std=[1.5] * 16,
-        ),
+        vae=AutoencoderKLWan(base_dim=4, **VIDEO_VAE),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer(),

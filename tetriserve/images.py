@@ -50,7 +50,8 @@ class InputImage:
         scale = math.sqrt(area / (self.height * self.width))
         if not enlarge:
             scale = min(scale, 1.0)
-        return tuple(max(1, int(side * scale) // multiple) * multiple for side in (self.height, self.width))  # type: ignore[return-value]
+        height, width = (max(1, int(side * scale) // multiple) for side in (self.height, self.width))
+        return height * multiple, width * multiple
 
 
 @dataclass(frozen=True)

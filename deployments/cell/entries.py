@@ -49,7 +49,7 @@ class Entry:
         committed: (conditioning, latents) behind the last one reported: what is left when a GPU is lost.
         aborting: a range was lost; those sent out behind it do not count either.
         touched, knows, holders: GPUs that ever had it, that have its conditioning, its newest latents.
-        cheaper_every: the `reuse_every` that it may take where it would be late; 0: none.
+        cheaper_every: the `reuse_every` that it may take where it would be late; 1: none.
         degree: of its last denoising range; 0 before the first.
         outstanding: ranges sent out and not yet collected.
         deadly: its ranges (`seq`) in which a replica died or the members lost each other.
@@ -78,7 +78,7 @@ class Entry:
     holders: set[int] = field(default_factory=set)
     phase: str = "queue"
     steps_done: int = 0
-    cheaper_every: int = 0
+    cheaper_every: int = 1
     degree: int = 0
     executions: list[Execution] = field(default_factory=list)
     lost: list[LostRange] = field(default_factory=list)
@@ -117,21 +117,17 @@ class Entry:
     def sent(self, assignment: Assignment, produced: Sequence[Any]) -> None:
         """A range of it is on its way; `produced` are references to what it will leave."""
         self.outstanding += 1
-        if assignment.kind in ("encode", "encode_image"):
-            self.conditioning, self.latents = produced
+        before = self.conditioning, self.latents
+        self.conditioning, self.latents = left_by(assignment.kind, produced, before)
+        if self.conditioning is not before[0]:
             self.knows = set()
-        elif assignment.kind == "denoise":
-            (self.latents,) = produced
         self.touched.update(assignment.gpus)
         self.knows.update(assignment.gpus)
         self.holders = set(assignment.gpus)
 
     def commit(self, assignment: Assignment, produced: Sequence[Any]) -> None:
         """A range of it was reported: what it left is there to go on from."""
-        if assignment.kind in ("encode", "encode_image"):
-            self.committed = (produced[0], produced[1])
-        elif assignment.kind == "denoise":
-            self.committed = (self.committed[0], produced[0])
+        self.committed = left_by(assignment.kind, produced, self.committed)
         if assignment.kind == "encode_image":
             self.request = self.request.without_pixels()
 
@@ -186,6 +182,7 @@ class Entry:
             for gpus, ranges in itertools.groupby(denoise, key=lambda e: e.gpus)
         ]
         assert self.request.seed is not None
+        is_guided = model.guided(self.request)
         metrics = Metrics(
             queue_s=max(0.0, total_s - sum(seconds.values())),
             encode_s=seconds["encode"] + seconds["encode_image"],
@@ -203,13 +200,19 @@ class Entry:
             planned_with=self.planned_with,
             peak_memory_bytes=self.peak_memory_bytes,
             predicted_s=self.predicted_s,
-            degraded=(*model.degraded, *("reuse",) * (self.request.reuse_every > 1)),
+            degraded=(*model.degraded, "reuse") if self.request.reuse_every > 1 else model.degraded,
             reused_steps=model.steps_of(self.request) - self.steps,
             truncated=self.truncated,
-            ignored=("negative_prompt",)
-            * bool(self.request.negative_prompt and not model.guided(self.request)),
+            ignored=("negative_prompt",) if self.request.negative_prompt and not is_guided else (),
         )
         return GenerateResult(self.name, image, time.time(), model.name, metrics)
+
+
+def left_by(kind: str, produced: Sequence[Any], before: tuple[Any, Any]) -> tuple[Any, Any]:
+    """(conditioning, latents) behind a range of that kind, from what was there before it."""
+    if kind == "denoise":
+        return before[0], produced[0]
+    return before if kind == "decode" else (produced[0], produced[1])
 
 
 def name_of(entry_id: str) -> str:

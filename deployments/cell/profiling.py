@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from deployments.cell.fleet import Fleet, cause_of
+from deployments.cluster_file import load_profile
 from deployments.config import AppArgs
 from deployments.logs import logger
 from tetriserve.cache import cache_folder
@@ -45,10 +46,7 @@ async def fitting_profile(args: AppArgs, fleet: Fleet) -> Profile:
 
 
 def _configured(args: AppArgs, path: str, fleet: Fleet) -> Profile:
-    profile = Profile.load(path)
-    missing = set(args.cell.all_degrees) - set(profile.degrees)
-    if missing:
-        raise ConfigError(f"args.profile.path: {path} has no degrees {sorted(missing)}")
+    profile = load_profile(args, path)
     if (profile.model, profile.device) != (fleet.info.name, fleet.device):
         logger.warning(
             "profile %s is of %s on %s, this is %s on %s",

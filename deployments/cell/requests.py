@@ -121,10 +121,12 @@ class Requests:
         request = replace(
             request, num_inference_steps=request.num_inference_steps or self._state.info.default_steps
         )
-        reuse = self._state.args.reuse
-        if reuse is not None:
+        cheaper_every = 1
+        if (reuse := self._state.args.reuse) is not None:
             request = replace(request, reuse_every=reuse.every(request.quality))
+            cheaper_every = reuse.every_if_late(request.quality)
         phases = self._phases(request)
+        cheaper = self._phases(replace(request, reuse_every=cheaper_every)) if cheaper_every > 1 else ()
         slo_s = request.slo_s
         if slo_s is None and self._state.args.scheduler.default_slo_scale is not None:
             slo_s = self._state.args.scheduler.default_slo_scale * least_work_s(phases)
@@ -134,8 +136,7 @@ class Requests:
         identity = f"{request.request_id}#{next(self._serial)}"
         steps, planned_with = len(self._state.info.computed_steps(request)), PlannedWith.of(phases)
         entry = Entry(identity, asked, request, steps, arrival_s, now_s, slo_s, planned_with, result)
-        if reuse is not None and reuse.when == "late" and request.quality is None:
-            entry.cheaper_every = reuse.of_level(reuse.level)
+        entry.cheaper_every = cheaper_every
         self._state.rounds.arrived(
             entry.id,
             phases,
@@ -146,9 +147,7 @@ class Requests:
             reject_infeasible=not request.attempt  # else it was accepted once
             and _asked(request.reject_infeasible, self._state.args.scheduler.reject_infeasible),
             client=request.client,
-            cheaper=self._phases(replace(request, reuse_every=entry.cheaper_every))
-            if entry.cheaper_every
-            else (),
+            cheaper=cheaper,
         )
         self.entries[entry.id] = self.named[entry.name] = entry
         arrival_unix_s = arrival_s + unix_ahead_s()
@@ -198,13 +197,10 @@ class Requests:
 
     def began(self, entry: Entry) -> None:
         """Its first range is about to go out: from here on it is what the plan took it for."""
-        planned = self._state.rounds.phases_of(entry.id)
-        if (
-            entry.cheaper_every
-            and sum(phase.steps for phase in planned if phase.kind == "denoise") < entry.steps
-        ):
+        steps = sum(p.steps for p in self._state.rounds.phases_of(entry.id) if p.kind == "denoise")
+        if steps < entry.steps:
             entry.request = replace(entry.request, reuse_every=entry.cheaper_every)
-            entry.steps = len(self._state.info.computed_steps(entry.request))
+            entry.steps = steps
             log_request(INFO, entry.name, "would be late: %d steps are computed", entry.steps)
 
     def end(self, entry: Entry, outcome: GenerateResult | TetriserveError) -> None:

@@ -130,11 +130,9 @@ class Scheduler:
         yield entry.result.result()
 
     def _progress(self, entry: Entry) -> Progress:
-        now_s, finish_s = time.monotonic(), self._state.rounds.predictions.finish_s
-        own_s, ahead = finish_s(entry.id, now_s), 0
-        if entry.phase == "queue":
-            ahead = sum(finish_s(other, now_s) < own_s for other in self._requests.entries)
-        return entry.progress(own_s, now_s, ahead)
+        now_s, predictions = time.monotonic(), self._state.rounds.predictions
+        ahead = predictions.ahead(entry.id, now_s) if entry.phase == "queue" else 0
+        return entry.progress(predictions.finish_s(entry.id, now_s), now_s, ahead)
 
     async def cancel(self, request_id: str, call_id: str) -> bool:
         """`Requests.cancel`."""

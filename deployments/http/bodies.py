@@ -7,7 +7,6 @@ knowledge (`ModelInfo.check`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -23,9 +22,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from deployments.config import HTTPArgs
-from tetriserve.errors import (
-    InvalidRequest,
-)
+from tetriserve.errors import InvalidRequest
 from tetriserve.request import GenerateRequest
 from tetriserve.reuse import QUALITIES
 
@@ -254,17 +251,13 @@ class ImageRequest(BaseModel):
     @classmethod
     def parse(cls, body: bytes, http: HTTPArgs) -> Self:
         """Read a request body. Raises `InvalidRequest` naming the first wrong field."""
-        return cls._limited(lambda: cls.model_validate_json(body), http)
+        return cls.checked(json_object(body), http)
 
     @classmethod
     def checked(cls, fields: dict[str, Any], http: HTTPArgs) -> Self:
         """The same of fields."""
-        return cls._limited(lambda: cls.model_validate(fields), http)
-
-    @classmethod
-    def _limited(cls, validate: Callable[[], Self], http: HTTPArgs) -> Self:
         try:
-            request = validate()
+            request = cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = str(first["loc"][0]) if first["loc"] else "body"
@@ -326,6 +319,17 @@ class ImageRequest(BaseModel):
         if budget_ms <= 0:
             raise InvalidRequest("runtime_v2_deadline_ms", "must be later than runtime_v2_arrival_ms")
         return budget_ms / 1000
+
+
+def json_object(body: bytes, otherwise: str = "Invalid JSON") -> dict[str, Any]:
+    """The object in a body. Raises `InvalidRequest`; `otherwise` is what it says of a body that is no JSON."""
+    try:
+        fields = from_json(body)
+    except ValueError as error:
+        raise InvalidRequest("body", f"{otherwise}: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest("body", "Input should be an object")
+    return fields
 
 
 def _present(fields: dict[str, Any]) -> dict[str, Any]:

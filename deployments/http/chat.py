@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any
 
-from pydantic_core import from_json
-
 from deployments.config import HTTPArgs
-from deployments.http.bodies import ImageRequest
+from deployments.http.bodies import ImageRequest, json_object
 from deployments.http.responses import metrics_body
 from tetriserve.errors import InvalidRequest
 from tetriserve.request import GenerateResult
@@ -35,12 +32,7 @@ CHAT_SCHEMA = {
 def parse_chat(body: bytes, http: HTTPArgs) -> ImageRequest:
     """The request for pictures in a chat; its fields are those of `ImageRequest`. Raises `InvalidRequest` naming the
     first wrong one."""
-    try:
-        chat = from_json(body)
-    except ValueError as error:
-        raise InvalidRequest("body", f"Invalid JSON: {error}") from None
-    if not isinstance(chat, dict):
-        raise InvalidRequest("body", "Input should be an object")
+    chat = json_object(body)
     fields = {name: value for name, value in chat.items() if name not in ("messages", *OF_CHATS)}
     if fields.get("stream"):
         raise InvalidRequest("stream", "pictures are streamed by /v1/images/generations only")
@@ -48,7 +40,7 @@ def parse_chat(body: bytes, http: HTTPArgs) -> ImageRequest:
         if isinstance(place, dict) and place.pop("num_frames", 1) not in (1, None):
             raise InvalidRequest("num_frames", "pictures only, 1 is allowed")
     fields |= {"prompt": _last_words(chat.get("messages")), "response_format": "b64_json"}
-    return ImageRequest.parse(json.dumps(fields).encode(), http)
+    return ImageRequest.checked(fields, http)
 
 
 def _last_words(messages: Any) -> str:

@@ -8,14 +8,12 @@ import binascii
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, ClassVar
 
-from fastapi import UploadFile
 from pydantic import Field, PrivateAttr
-from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from deployments.config import HTTPArgs
-from deployments.http.bodies import ImageRequest, Number
+from deployments.http.bodies import ImageRequest, Number, json_object
 from deployments.http.pictures import read_image
 from tetriserve.errors import InvalidRequest
 from tetriserve.images import InputImage
@@ -61,31 +59,23 @@ class EditRequest(ImageRequest):
 _FIELDS = EditRequest.model_json_schema()
 _SENT = {"type": "string", "format": "data-url", "description": "A data URL, or base64 alone."}
 _FILE = {"type": "string", "format": "binary", "description": "PNG, JPEG or WebP."}
+_NESTED = {"type": "object", "properties": {"image_url": _SENT}, "required": ["image_url"]}
+
+
+def _with_pictures(**pictures: Any) -> dict[str, Any]:
+    return {**_FIELDS, "properties": _FIELDS["properties"] | pictures}
+
+
 EDIT_BODY = {
     "multipart/form-data": {
-        "schema": {
-            **_FIELDS,
-            "properties": _FIELDS["properties"]
-            | {"image": _FILE, "image[]": {"type": "array", "items": _FILE}},
-        },
+        "schema": _with_pictures(**{"image": _FILE, "image[]": {"type": "array", "items": _FILE}}),
         "encoding": {name: {"contentType": PICTURE_TYPES} for name in ("image", "image[]")},
     },
     "application/json": {
-        "schema": {
-            **_FIELDS,
-            "properties": _FIELDS["properties"]
-            | {
-                "image": {"anyOf": [_SENT, {"type": "array", "items": _SENT}]},
-                "images": {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {"image_url": _SENT},
-                        "required": ["image_url"],
-                    },
-                },
-            },
-        }
+        "schema": _with_pictures(
+            image={"anyOf": [_SENT, {"type": "array", "items": _SENT}]},
+            images={"type": "array", "items": _NESTED},
+        )
     },
 }
 """Of the request, for the OpenAPI document."""
@@ -143,7 +133,7 @@ async def _of_form(
     contents: list[tuple[str, bytes]] = []
     try:
         for name, value in form.multi_items():
-            if isinstance(value, UploadFile) or not isinstance(value, str):
+            if not isinstance(value, str):
                 if name in PICTURES:
                     contents.append((name, await value.read()))
                 else:
@@ -158,12 +148,7 @@ async def _of_form(
 
 
 def _of_json(body: bytes) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
-    try:
-        fields = from_json(body)
-    except ValueError as error:
-        raise InvalidRequest("body", f"neither a form nor JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InvalidRequest("body", "Input should be an object")
+    fields = json_object(body, "neither a form nor JSON")
     contents = []
     for name in PICTURES:
         value = fields.pop(name, None)

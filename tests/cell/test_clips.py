@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,25 +36,12 @@ PROFILE = {
 def test_clips_and_pictures_of_one_model(tmp_path: Path) -> None:
     """Frames reach the plan, the pixels and the answer: a clip of nine, a picture beside it, and a number between."""
     folder = tiny_wan(tmp_path / "wan")
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(PROFILE))
-    cell = {"gpus": 2, "device": "cpu", "cpus_per_replica": 0.5}
-    args = AppArgs.parse(
-        {
-            "model": {"path": str(folder), "dtype": "float32", "max_sequence_length": 30},
-            "cell": cell,
-            "profile": {"path": str(tmp_path / "profile.yaml"), "correct": False},
-        }
-    )
 
     def request(seed: int, **more: int) -> GenerateRequest:
         name = f"r{seed}"
         return GenerateRequest("a star", 128, 144, 4, seed=seed, request_id=name, slo_s=60, **more)
 
-    async def run() -> None:
-        group = ray.util.placement_group(args.cell.bundles)
-        await group.ready()
-        scheduler = Scheduler(args, group)
-        await scheduler.start()
+    async def run(scheduler: Scheduler) -> None:
         clip, picture = await asyncio.gather(
             scheduler.generate(request(1, num_frames=9), "call"), scheduler.generate(request(2), "call")
         )
@@ -80,9 +67,8 @@ def test_clips_and_pictures_of_one_model(tmp_path: Path) -> None:
             assert error.field == "num_frames" and "nearest: 9" in error.message
         else:
             raise AssertionError("8 frames were taken")
-        ray.util.remove_placement_group(group)
 
-    on_ray(run())
+    on_a_cell(folder, PROFILE, run)
 
 
 EDIT_PROFILE = {
@@ -98,24 +84,12 @@ EDIT_PROFILE = {
 def test_edits_beside_pictures_from_text(tmp_path: Path) -> None:
     """Pixels go by the object store, to a phase of their own; a replica that dies on the way changes nothing."""
     folder = tiny_flux(tmp_path / "flux")
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(EDIT_PROFILE))
-    args = AppArgs.parse(
-        {
-            "model": {"path": str(folder), "dtype": "float32", "max_sequence_length": 30},
-            "cell": {"gpus": 2, "device": "cpu", "cpus_per_replica": 0.5},
-            "profile": {"path": str(tmp_path / "profile.yaml"), "correct": False},
-        }
-    )
     pixels = np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8)
 
     def request(name: str, **more: Any) -> GenerateRequest:
         return GenerateRequest("a star", 128, 144, 6, 3.5, seed=1, request_id=name, slo_s=60, **more)
 
-    async def run() -> None:
-        group = ray.util.placement_group(args.cell.bundles)
-        await group.ready()
-        scheduler = Scheduler(args, group)
-        await scheduler.start()
+    async def run(scheduler: Scheduler) -> None:
         asked = request("edit", images=[pixels], strength=0.7)
         sent = asked.with_pixels([ray.put(pixels)])
         edit, text = await asyncio.gather(
@@ -150,9 +124,8 @@ def test_edits_beside_pictures_from_text(tmp_path: Path) -> None:
         result = await again
         watching.cancel()
         np.testing.assert_array_equal(await result.image, image)
-        ray.util.remove_placement_group(group)
 
-    on_ray(run())
+    on_a_cell(folder, EDIT_PROFILE, run)
 
 
 async def _look(scheduler: Scheduler) -> None:
@@ -161,9 +134,30 @@ async def _look(scheduler: Scheduler) -> None:
         await asyncio.sleep(0.2)
 
 
-def on_ray(work: Coroutine[Any, Any, None]) -> None:
+def on_a_cell(
+    model: Path, profile: dict[str, Any], work: Callable[[Scheduler], Coroutine[Any, Any, None]]
+) -> None:
+    """Do `work` on two replicas of the model in that folder."""
+    file = model.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(profile))
+    args = AppArgs.parse(
+        {
+            "model": {"path": str(model), "dtype": "float32", "max_sequence_length": 30},
+            "cell": {"gpus": 2, "device": "cpu", "cpus_per_replica": 0.5},
+            "profile": {"path": str(file), "correct": False},
+        }
+    )
+
+    async def on_scheduler() -> None:
+        group = ray.util.placement_group(args.cell.bundles)
+        await group.ready()
+        scheduler = Scheduler(args, group)
+        await scheduler.start()
+        await work(scheduler)
+        ray.util.remove_placement_group(group)
+
     start_ray(3)
     try:
-        asyncio.run(work)
+        asyncio.run(on_scheduler())
     finally:
         ray.shutdown()

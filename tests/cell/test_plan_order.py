@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deployments.cell.replica import GPUReplica, PlanOrder
+from deployments.cell.plan_order import PlanOrder
+from deployments.cell.replica import GPUReplica
 from tetriserve.errors import GenerationFailed, OutOfMemory
 
 
@@ -54,7 +55,7 @@ def test_an_engine_thread_that_dies_ends_its_process_and_says_why() -> None:
     """Cancelled from outside, a call's result has nowhere to go: the thread does not survive that."""
     program = """
 import time
-from deployments.cell.replica import PlanOrder
+from deployments.cell.plan_order import PlanOrder
 order = PlanOrder(niceness=0, dies=print)
 order.post(lambda: time.sleep(0.5))
 order.post(print).cancel()

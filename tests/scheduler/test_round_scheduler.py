@@ -459,3 +459,17 @@ def test_what_has_begun_stays_as_it_is() -> None:
     rounds.finished(first.seq, 0.05)
     rounds.plan(0.05)
     assert sum(phase.steps for phase in rounds.phases_of("r")) == 12
+
+
+def test_how_many_will_be_done_before_is_counted_as_each_would_count_it() -> None:
+    """Also by one who came since the last decision."""
+    rounds = RoundScheduler(make_policy("edf"), 1)
+    dice = random.Random(0)
+    for index in range(12):
+        rounds.arrived(f"r{index}", chain(dice.randint(1, 9)), 0.0, dice.uniform(1, 40))
+    rounds.plan(0.0)
+    rounds.arrived("late comer", chain(1), 0.0, 0.1)
+    ends_s = {name: rounds.predictions.finish_s(name, 0.0) for name in rounds.open_ids}
+    assert len(set(ends_s.values())) > 6
+    for name, own_s in ends_s.items():
+        assert rounds.predictions.ahead(name, 0.0) == sum(end_s < own_s for end_s in ends_s.values())

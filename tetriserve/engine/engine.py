@@ -184,26 +184,27 @@ class Engine:
         All members call it together, as range `seq`; the request is made up and released again. `abandon` it when
         this raises.
         """
-        editing, alone = self.adapter.info.editing, len(gpus) == 1
-        request = _made_up(shape, warmup + repeats, with_image=bool(editing.max_images) and shape.frames == 1)
+        alone, request = len(gpus) == 1, _made_up(shape, warmup + repeats)
+        edit = request
+        if self.adapter.info.editing.max_images and shape.frames == 1:
+            grey = np.full((shape.height, shape.width, 3), 127, np.uint8)
+            edit = replace(request, images=[grey])
         seconds: dict[str, list[float]] = {}
 
         def timed(kind: str, report: Report) -> None:
             seconds.setdefault(kind, []).append(report.ended_s - report.started_s)
 
-        for _ in range(1 + repeats if alone else 1):
-            timed("encode", self.encode(request_id, request)[0])
-        for _ in range(1 + repeats if alone and request.images else 0):
-            timed("encode_image", self.encode_image(request_id, request)[0])
-        # a step as the profile has it: from noise, with no picture beside
-        self.encode(request_id, replace(request, images=()))
+        for _ in range(1 + repeats if alone else 0):
+            timed("encode", self.encode(request_id, edit)[0])
+        for _ in range(1 + repeats if alone and edit.images else 0):
+            timed("encode_image", self.encode_image(request_id, edit)[0])
+        if not alone or edit.images:  # a step as the profile has it: from noise, with no picture beside
+            self.encode(request_id, request)
         for step in range(warmup + repeats):
             timed("denoise", self.denoise(request_id, gpus, step, 1, seq=seq))
         for _ in range(1 + repeats if alone else 0):
             timed("decode", self.decode(request_id)[0])
         self.release(request_id)
-        if not alone:
-            del seconds["encode"]
         return {
             kind: statistics.median(times[warmup if kind == "denoise" else 1 :])
             for kind, times in seconds.items()
@@ -249,7 +250,7 @@ class Engine:
         return Report(started_s, time.time(), switched_s - started_s, peak)
 
 
-def _made_up(shape: Shape, steps: int, *, with_image: bool = False) -> GenerateRequest:
+def _made_up(shape: Shape, steps: int) -> GenerateRequest:
     return GenerateRequest(
         "a small red circle",
         shape.height,
@@ -257,5 +258,4 @@ def _made_up(shape: Shape, steps: int, *, with_image: bool = False) -> GenerateR
         num_inference_steps=steps,
         num_frames=shape.frames,
         seed=0,
-        images=[np.full((shape.height, shape.width, 3), 127, np.uint8)] if with_image else (),
     )

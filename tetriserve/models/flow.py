@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
+from tetriserve.engine.adapter import ModelAdapter, pictures_of
+from tetriserve.request import GenerateRequest
+
 
 def shift(config: Any, tokens: int, max_shift: float = 1.15) -> float:
     """How far the timesteps of a sampler with that configuration move towards noise."""
@@ -29,8 +32,16 @@ def set_timesteps(sampler: Any, steps: int, mu: float, device: torch.device) -> 
     sampler.set_begin_index(0)
 
 
-def start_late(sampler: Any, steps: int, left: int) -> None:
-    """Only the last `left` of the `steps` of a sampler; the first of them is next."""
-    sampler.timesteps = sampler.timesteps[steps - left :]
-    sampler.sigmas = sampler.sigmas[steps - left :]
+def image_to_image(
+    adapter: ModelAdapter, pipeline_class: Any, request: GenerateRequest, sampler: Any
+) -> tuple[Any, torch.Tensor]:
+    """The pipeline that starts from a picture, over the adapter's parts, and the request's picture as it takes it.
+
+    Of the sampler's steps only the last ones are left, by the request's strength; the first of them is next.
+    """
+    (picture,) = pictures_of(request)
+    first = len(sampler.timesteps) - adapter.info.steps_of(request)
+    sampler.timesteps, sampler.sigmas = sampler.timesteps[first:], sampler.sigmas[first:]
     sampler.set_begin_index(0)
+    pipeline = pipeline_class(**adapter.pipeline.components | {"scheduler": sampler})
+    return pipeline, pipeline.image_processor.preprocess(picture, request.height, request.width)

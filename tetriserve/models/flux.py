@@ -13,7 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
 from tetriserve.images import Editing
 from tetriserve.model_info import ModelInfo
-from tetriserve.models.flow import set_timesteps, shift, start_late
+from tetriserve.models.flow import image_to_image, set_timesteps, shift
 from tetriserve.request import GenerateRequest
 
 
@@ -22,6 +22,8 @@ class FluxAdapter(ModelAdapter):
     family = "flux"
     dtypes = ("float32", "bfloat16")  # activations of its late blocks leave float16's range: black pictures
     editing = Editing(max_images=1, default_strength=0.6)
+    no_picture: ClassVar[tuple[None, ...]] = ()
+    """What its pipeline prepares latents from where there is none."""
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         config = self.pipeline.transformer.config
@@ -55,16 +57,13 @@ class FluxAdapter(ModelAdapter):
         return conditioning
 
     def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
-        latents, *_ = self._prepare(self.pipeline, request, conditioning)
+        latents, *_ = self._prepare(self.pipeline, request, conditioning, *self.no_picture)
         return RequestState(request, conditioning, latents, self._sampler(request))
 
     def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
         """Noise over the picture, and the last steps only."""
-        sampler, (picture,) = self._sampler(request), pictures_of(request)
-        assert request.num_inference_steps is not None
-        start_late(sampler, request.num_inference_steps, self.info.steps_of(request))
-        pipeline: Any = FluxImg2ImgPipeline(**self.pipeline.components | {"scheduler": sampler})
-        pixels = pipeline.image_processor.preprocess(picture, request.height, request.width)
+        sampler = self._sampler(request)
+        pipeline, pixels = image_to_image(self, FluxImg2ImgPipeline, request, sampler)
         latents, _ = self._prepare(pipeline, request, conditioning, pixels, sampler.timesteps[:1])
         return RequestState(request, conditioning, latents, sampler)
 
@@ -104,10 +103,8 @@ class FluxAdapter(ModelAdapter):
 
     def _forward(self, state: RequestState, timestep: torch.Tensor, prefix: str) -> torch.Tensor:
         request, latents, conditioning = state.request, state.latents, state.conditioning
-        embeds, ids = (
-            conditioning[f"{prefix}embeds"],
-            self._image_ids(request.height, request.width, latents.dtype),
-        )
+        embeds = conditioning[f"{prefix}embeds"]
+        ids = self._image_ids(request.height, request.width, latents.dtype)
         guidance = None
         assert request.guidance_scale is not None
         if self._distilled:
@@ -135,17 +132,11 @@ class FluxKontextAdapter(FluxAdapter):
     pipeline_class = FluxKontextPipeline
     family = "flux-kontext"
     editing = Editing(max_images=1, enlarges=True)
-
-    def begin(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
-        latents, *_ = self._prepare(self.pipeline, request, conditioning, None)
-        return RequestState(request, conditioning, latents, self._sampler(request))
+    no_picture = (None,)
 
     def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
-        state, processor, (picture,) = (
-            self.begin(request, conditioning),
-            self.pipeline.image_processor,
-            pictures_of(request),
-        )
+        state, processor = self.begin(request, conditioning), self.pipeline.image_processor
+        (picture,) = pictures_of(request)
         height, width = processor.get_default_height_width(picture)
         aspect, side = width / height, self.info.token_pixels
         # those that Kontext was trained on, as the pipeline chooses

@@ -9,11 +9,11 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
-from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, pictures_of
+from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
 from tetriserve.engine.sequence import ShardPlan
 from tetriserve.images import Editing
 from tetriserve.model_info import ModelInfo
-from tetriserve.models.flow import shift, start_late
+from tetriserve.models.flow import image_to_image, shift
 from tetriserve.request import GenerateRequest
 
 CUT_OUTPUT = ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)
@@ -78,12 +78,10 @@ class SD3Adapter(ModelAdapter):
 
     def begin_from(self, request: GenerateRequest, conditioning: dict[str, torch.Tensor]) -> RequestState:
         """Noise over the picture, and the last steps only."""
-        sampler, (picture,) = self._sampler(request), pictures_of(request)
-        assert request.num_inference_steps is not None
-        start_late(sampler, request.num_inference_steps, self.info.steps_of(request))
-        pipeline: Any = StableDiffusion3Img2ImgPipeline(**self.pipeline.components | {"scheduler": sampler})
+        sampler = self._sampler(request)
+        pipeline, pixels = image_to_image(self, StableDiffusion3Img2ImgPipeline, request, sampler)
         latents = pipeline.prepare_latents(
-            pipeline.image_processor.preprocess(picture, request.height, request.width),
+            pixels,
             sampler.timesteps[:1],
             1,
             1,

@@ -97,6 +97,11 @@ def explain(
         lost: ranges that had to be run again, on the same clock.
     """
     limit_s = math.inf if slo_s is None else slo_s
+    one_gpu_s = {
+        "encode": planned.encode_s,
+        "encode_image": planned.encode_image_s,
+        "decode": planned.decode_s,
+    }
     explained = []
     left, free_s, untold = steps, 0.0, sorted(lost, key=lambda one: one.noticed_s)
     passed = next((ran for ran in schedule if ran.start_s - arrival_s > limit_s), None)
@@ -123,11 +128,6 @@ def explain(
             left -= ran.steps
         else:
             verdict, reason = ran.kind, f"{ran.kind} runs on one GPU"
-            one_gpu_s = {
-                "encode": planned.encode_s,
-                "encode_image": planned.encode_image_s,
-                "decode": planned.decode_s,
-            }
             planned_s = one_gpu_s[ran.kind]
             if ran.kind == "decode":
                 end_s = start_s + planned_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 
 from solver.problem import Packing, Snapshot, least_work_s
@@ -17,10 +18,13 @@ class Predictions:
         self._open = open_requests
         self._committed = committed
         self._drained_s: float | None = None
+        self._ends_s: dict[str, float] = {}
+        self._order: list[float] = []
 
     def note(self, snapshot: Snapshot, packing: Packing) -> None:
         """Keep what a packing says of ends, for `finish_s`."""
         self._drained_s = None
+        self._ends_s = {}
         ends_s = packing.ends_s(snapshot.jobs)
         for job in snapshot.jobs:
             request = self._open.get(job.id)
@@ -37,6 +41,13 @@ class Predictions:
             for phase in request.remaining()
         )
         return (busy + work) / len(alive)
+
+    def ahead(self, request_id: str, now_s: float) -> int:
+        """How many others will be done before it, by what was known at the last decision."""
+        if request_id not in self._ends_s:  # for all of them at once: many may ask between two decisions
+            self._ends_s = {one: self.finish_s(one, now_s) for one in (*self._open, request_id)}
+            self._order = sorted(self._ends_s.values())
+        return bisect_left(self._order, self._ends_s[request_id])
 
     def finish_s(self, request_id: str, now_s: float) -> float:
         """When a request will be done, by what was known at the last decision: no promise, for what arrives later is

@@ -51,10 +51,6 @@ class Reuse:
     when: str = "never"
     k: int = 2
 
-    def every(self, when: str) -> int:
-        """`k` where it is used so, else 1."""
-        return self.k if self.when == when else 1
-
 
 @dataclass
 class Simulation:
@@ -184,10 +180,11 @@ def simulate(
         TetriserveError: the policy leaves requests waiting on idle GPUs for ever.
     """
     reuse = reuse or Reuse()
-    chains = {request.id: request.chain(profile, n_gpus, reuse.every("always")) for request in trace}
-    cheaper = {request.id: request.chain(profile, n_gpus, reuse.every("late")) for request in trace}
-    if reuse.when != "late":
-        cheaper = {}
+    every = reuse.k if reuse.when == "always" else 1
+    chains = {request.id: request.chain(profile, n_gpus, every) for request in trace}
+    cheaper: dict[str, tuple[Phase, ...]] = {}
+    if reuse.when == "late":
+        cheaper = {request.id: request.chain(profile, n_gpus, reuse.k) for request in trace}
     scheduler = RoundScheduler(policy, n_gpus, round_s=round_s, min_round_s=min_round_s, lead_s=lead_s)
     machine = _Machine(n_gpus, disturbance or Disturbance())
     done = Simulation()
@@ -203,7 +200,8 @@ def simulate(
                 finish_s.update(dict.fromkeys(entry.request_ids, entry.end_s))
                 on_settled()
         while arrivals and arrivals[0].arrival_s <= now_s + EPSILON_S:
-            _arrive(scheduler, arrivals.popleft(), chains, cheaper)
+            request = arrivals.popleft()
+            _arrive(scheduler, request, chains[request.id], cheaper.get(request.id, ()))
         for request_id in scheduler.expired(now_s):
             scheduler.cancelled(request_id)
             on_settled()
@@ -236,15 +234,15 @@ def simulate(
 def _arrive(
     scheduler: RoundScheduler,
     request: TraceRequest,
-    chains: dict[str, tuple[Phase, ...]],
-    cheaper: dict[str, tuple[Phase, ...]],
+    chain: tuple[Phase, ...],
+    cheaper: tuple[Phase, ...],
 ) -> None:
     scheduler.arrived(
         request.id,
-        chains[request.id],
+        chain,
         request.arrival_s,
         request.deadline_s,
         priority=request.priority,
         drop_late=request.drop_late,
-        cheaper=cheaper.get(request.id, ()),
+        cheaper=cheaper,
     )
