@@ -1,7 +1,8 @@
 """Ends what a server leaves when it is killed: Ray's agents outlive Ray by minutes.
 
 A process of its own that waits for the end of the server, which it sees by a pipe, and then looks for the mark that
-all of the server's processes have in their environment.
+all of the server's processes have in their environment, and for their children: who gives itself a title, as Ray's
+agents do, may write it over the mark.
 """
 
 from __future__ import annotations
@@ -37,20 +38,24 @@ def start_guard() -> None:
         )
 
 
-def marked(mark: str) -> list[int]:
-    """Other processes that have the mark."""
-    found, wanted = [], f"{MARK}={mark}".encode()
+def left_behind(mark: str) -> set[int]:
+    """Other processes that have the mark, and all that descend from them."""
+    found, parents, wanted = set(), {}, f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone, or not ours to see
+            # after its name, which may hold anything: state, parent
+            parents[int(folder.name)] = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return [pid for pid in found if pid != os.getpid()]
+                found.add(int(folder.name))
+    while children := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= children
+    return found - {os.getpid()}
 
 
 def main() -> None:
     sys.stdin.buffer.read()  # until the server is gone
     for _ in range(ROUNDS):
-        for pid in marked(sys.argv[1]):
+        for pid in left_behind(sys.argv[1]):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(PAUSE_S)

@@ -16,9 +16,11 @@ from logging import DEBUG, INFO, WARNING
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ReplicaState
 
 from deployments.config import AppArgs
 from deployments.logs import log_request, logger
@@ -47,9 +49,7 @@ CELL_RETURN_S = 900.0
 """How long an accepted request waits for a cell to come back; it has to load the weights again."""
 CELL_POLL_S = 0.5
 RESUBMIT_PAUSE_S = 0.5
-RECONFIGURED_S = 3.0
-"""How long ago a cell was last seen that is taken to be reconfigured, not gone."""
-RECONFIGURED_POLL_S = 0.1
+RECONFIGURED_POLL_S = 0.05
 FIRST_START_S = 15.0
 """What a cell takes to start, until one has said what it took."""
 LONGEST_PAUSE_S = 120.0
@@ -76,6 +76,7 @@ class Router:
         self._checked_s = float("-inf")
         self.way_back = WayBack()
         self._memory = HostMemory()
+        self._look: asyncio.Future[bool] | None = None
         self._start_s = FIRST_START_S
         self._made_s = time.monotonic()
         self._seen_s = float("-inf")
@@ -192,9 +193,7 @@ class Router:
         with self._not_ready_as_known():
             try:
                 try:
-                    answers = await self._cell.broadcast("status").results_async(
-                        timeout_s=STATUS_TIMEOUT_S / 2, return_exceptions=True
-                    )
+                    answers = await self._broadcast("status", timeout_s=STATUS_TIMEOUT_S / 2)
                 except TimeoutError:
                     # one silent cell hides the answers of the others; Ray Serve's routing avoids it
                     answers = [await asyncio.wait_for(self._cell.status.remote(), STATUS_TIMEOUT_S / 2)]
@@ -260,14 +259,43 @@ class Router:
     async def _ask_all(self, method: str, *arguments: object) -> list[Any]:
         """What every cell says, errors included. Raises `NotReady` when one says nothing."""
         try:
-            answers: list[Any] = await self._cell.broadcast(method, *arguments).results_async(
-                timeout_s=STATUS_TIMEOUT_S, return_exceptions=True
-            )
+            return await self._broadcast(method, *arguments, timeout_s=STATUS_TIMEOUT_S)
         except TimeoutError:
             raise NotReady(f"not all cells answer within {STATUS_TIMEOUT_S:g} s") from None
         except Exception as error:
             raise _unanswered(error) from error
-        return answers
+
+    async def _broadcast(self, method: str, *arguments: object, timeout_s: float) -> list[Any]:
+        """What every cell says, errors included. Raises `TimeoutError` when one says nothing.
+
+        While Serve hands a cell its `user_config` it counts it as none: that is waited for.
+        """
+        end_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                answers: list[Any] = await self._cell.broadcast(method, *arguments).results_async(
+                    timeout_s=timeout_s, return_exceptions=True
+                )
+                return answers
+            except DeploymentUnavailableError:
+                if time.monotonic() > end_s or not await self._has_cells():
+                    raise
+                await asyncio.sleep(RECONFIGURED_POLL_S)
+
+    async def _has_cells(self) -> bool:
+        """Whether Serve's controller has a cell that runs or is just handed its `user_config`. All who ask at a
+        time are answered by one look."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.ensure_future(asyncio.to_thread(self._look_for_cells))
+        return await asyncio.shield(self._look)
+
+    def _look_for_cells(self) -> bool:
+        try:
+            application = serve.status().applications[self._cell.app_name]
+            states = application.deployments[self._cell.deployment_name].replica_states
+        except Exception:  # whatever is wrong with Serve, there is no cell to be had
+            return False
+        return bool(states.get(ReplicaState.RUNNING) or states.get(ReplicaState.UPDATING))
 
     async def _ask_one(self, method: str, silence: str) -> Any:
         """What any cell says. Raises `NotReady`, with `silence` for its reason when it says nothing."""
@@ -291,10 +319,6 @@ class Router:
         info.check(request)
         if time.monotonic() - self._checked_s > STATUS_AGE_S:
             statuses = await self.statuses()
-            # while Serve hands a cell its `user_config` it counts as none
-            while not statuses and time.monotonic() < self._seen_s + RECONFIGURED_S:
-                await asyncio.sleep(RECONFIGURED_POLL_S)
-                statuses = await self.statuses()
             if not any(status.ready for status in statuses):
                 with self._not_ready_as_known():
                     raise NotReady(why_not_ready(statuses))

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from deployments import guard
 from deployments.local import one_line
 from tetriserve.cli import main
 
@@ -355,10 +357,30 @@ def test_serve_that_is_killed_leaves_nothing() -> None:
     assert any("agent" in line.lower() for line in processes_with(f"TETRISERVE_TEST={port}"))
     process.kill()
     process.wait(10)
-    end_s = time.monotonic() + 45  # some of Ray's own agents notice after 13 s
+    end_s = time.monotonic() + 15
     while processes_with(f"TETRISERVE_TEST={port}"):
         assert time.monotonic() < end_s, processes_with(f"TETRISERVE_TEST={port}")
         time.sleep(0.2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_child_that_lost_the_mark_is_found() -> None:
+    """As a process that writes its title over its environment does."""
+    mark = secrets.token_hex(8)
+    parent = subprocess.Popen(
+        ["sh", "-c", "env -i sleep 300 & echo $!; wait"],
+        stdout=subprocess.PIPE,
+        env={guard.MARK: mark, **os.environ},
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    subprocess.run(
+        [sys.executable, "-I", guard.__file__, mark], stdin=subprocess.DEVNULL, timeout=30, check=True
+    )
+    assert parent.wait(1) == -signal.SIGKILL
+    with contextlib.suppress(OSError):  # gone, or dead and not yet waited for
+        assert not Path(f"/proc/{child}/cmdline").read_text()
+    assert not guard.left_behind(mark)
 
 
 def processes_with(variable: str) -> list[str]:

@@ -56,8 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the documents' commands need curl")
-@pytest.mark.slow
-@pytest.mark.parametrize("document", [d for d in DOCS if commands(d)], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "document",
+    [
+        # measuring a model takes minutes
+        pytest.param(d, id=d.stem, marks=pytest.mark.long if d.stem == "profiles" else pytest.mark.slow)
+        for d in DOCS
+        if commands(d)
+    ],
+)
 def test_commands_run_as_written(document: Path, server: Server, folder: Path) -> None:
     for command in commands(document):
         if "pytest" in command:  # this very suite runs it

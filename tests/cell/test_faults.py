@@ -274,7 +274,7 @@ def test_both_replicas_die_at_once(lab: Lab) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["the new replica", "the survivor"])
+@pytest.mark.parametrize("victim", [pytest.param("the new replica", marks=pytest.mark.long), "the survivor"])
 def test_a_kill_during_recovery(lab: Lab, victim: str) -> None:
     load = [LARGE, *(body("512x512", seed, num_inference_steps=20) for seed in range(3))]
     old = {replica.pid for replica in lab.server.replicas()}

@@ -202,7 +202,7 @@ def test_a_replica_that_fails_while_the_groups_are_built_is_started_again(
     asyncio.run(run())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_gpus_any_dies_and_the_rest_build_a_group_that_was_not_there(root: Path) -> None:
     """Threes are built when they are needed first, here while a GPU is dead."""
 

@@ -87,10 +87,8 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     [
         tiny_flux,
         tiny_sd3,
-        *(
-            pytest.param(make, marks=pytest.mark.slow)
-            for make in (tiny_flux2_klein, tiny_qwen_image, tiny_wan, tiny_z_image, tiny_hunyuan_video)
-        ),
+        *(pytest.param(make, marks=pytest.mark.slow) for make in (tiny_qwen_image, tiny_wan, tiny_z_image)),
+        *(pytest.param(make, marks=pytest.mark.long) for make in (tiny_flux2_klein, tiny_hunyuan_video)),
     ],
 )
 def test_other_sizes_and_degrees_need_no_new_graph(

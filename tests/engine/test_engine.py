@@ -417,11 +417,16 @@ LARGE = ("flux-kontext", "qwen-image-edit", "qwen-image-edit-plus", "hunyuan-vid
 
 def cases(ways: Sequence[int], quick: int) -> list[Any]:
     """Every request in every way, the large ones in two; `quick` is the one that is always tried."""
+
+    def marks(model: str, way: int) -> list[pytest.MarkDecorator]:
+        if way == quick:
+            return [pytest.mark.slow] if model in LARGE[1:] else []
+        return [pytest.mark.long if model in LARGE else pytest.mark.slow]
+
     return [
-        pytest.param(name, way, marks=[pytest.mark.slow] * (way != quick or (is_large and model != LARGE[0])))
+        pytest.param(name, way, marks=marks(model, way))
         for name, (model, _) in REQUESTS.items()
-        for is_large in (model in LARGE,)
-        for way in (sorted({quick, ways[0]}) if is_large else ways)
+        for way in (sorted({quick, ways[0]}) if model in LARGE else ways)
     ]
 
 

@@ -624,16 +624,26 @@ def test_when_to_come_again_goes_by_what_the_last_start_took() -> None:
 def test_a_cell_that_is_being_reconfigured_is_waited_for() -> None:
     """Serve counts it as none for a moment."""
     cell = Cell()
-    cell.statuses = []
+    cell.is_known_to_serve = True
 
     async def run() -> None:
         front = ingress(cell)
-        front._seen_s = time.monotonic()
-        call = asyncio.create_task(front.generate(GenerateRequest("a", 64, 96)))
-        await asyncio.sleep(0.3)
-        assert not call.done()
-        cell.statuses = [READY]
-        await call
+        for call_of in (
+            lambda: front.generate(GenerateRequest("a", 64, 96)),
+            lambda: front.statuses(),
+            lambda: front.delete("r"),
+        ):
+            cell.unavailable = DeploymentUnavailableError(None)
+            call = asyncio.ensure_future(call_of())
+            await asyncio.sleep(0.3)
+            assert not call.done()
+            cell.unavailable = None
+            await call
+            front._checked_s = 0.0
+        cell.is_known_to_serve = False
+        cell.unavailable = DeploymentUnavailableError(None)
+        with pytest.raises(errors.NotReady):
+            await asyncio.wait_for(front.generate(GenerateRequest("a", 64, 96)), 0.3)
 
     asyncio.run(run())
 
