@@ -53,7 +53,7 @@ class Foreseeing:
         with mock.patch.object(listing, "GROWTH", 0.0):
             packing = self._policy(replace(snapshot, jobs=(*snapshot.jobs, *soon), expected=()))
         here = {job.id for job in snapshot.jobs}
-        entries = tuple(entry for entry in packing.entries if entry.job_id in here)
+        entries = tuple(entry for entry in packing.entries if entry.job_ids[0] in here)
         return replace(packing, entries=entries, set_aside=packing.set_aside & here)
 
 

@@ -101,7 +101,7 @@ def switching(fleet: Fleet, shape: Shape, degrees: tuple[int, ...], switches: in
 
     def run(seq: int, kind: str, members: tuple[int, ...], conditioning: Any, latents: Any) -> list[Any]:
         after = tuple(last[gpu] for gpu in members)
-        assignment = Assignment(seq, ("switch",), kind, members, max(seq - 1, 0), 1, 0.0, 0.0, after)
+        assignment = Assignment(seq, ("switch",), kind, members, (max(seq - 1, 0),), 1, 0.0, 0.0, after)
         last.update(dict.fromkeys(members, seq))
         holds = seq > 0 and 0 in members
         return ray.get(
@@ -109,8 +109,12 @@ def switching(fleet: Fleet, shape: Shape, degrees: tuple[int, ...], switches: in
                 fleet[gpu].run.remote(
                     assignment,
                     request,
-                    boxed(None if gpu == 0 and holds else conditioning),
-                    boxed(None if gpu == 0 and holds else latents),
+                    [
+                        (
+                            boxed(None if gpu == 0 and holds else conditioning),
+                            boxed(None if gpu == 0 and holds else latents),
+                        )
+                    ],
                 )
                 for gpu in members
             ]

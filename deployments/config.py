@@ -161,6 +161,13 @@ class SchedulerArgs(_Section):
         le=5,
         description="A decision takes no longer; the fallback plan is used after twice this. Keep it below lead_s.",
     )
+    max_batch: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="So many requests may share a denoising step, of any shapes where the model can, if the profile "
+        "says that it pays; 1: none do.",
+    )
     max_open_requests: int = Field(
         256,
         ge=1,

@@ -53,7 +53,7 @@ class FixedDegreePolicy:
             part = choose(board.sets[degree], group.mask, held)
             assert part is not None, "the widest phase set the group"
             end_s = now_s + phase.steps * step_s[degree]
-            entries.append(Entry(job.job.id, phase.kind, part.gpus, phase.steps, now_s, end_s))
+            entries.append(Entry((job.job.id,), phase.kind, part.gpus, phase.steps, now_s, end_s))
             now_s, held = end_s, part.mask
         for gpu in group.gpus:
             free_at_s[gpu] = now_s

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from solver.allocation import StepTable, short_steps, step_table
 from solver.placement import GpuSet, mask_of, sets_of
-from solver.problem import Job, Phase, Snapshot
+from solver.problem import Job, Phase, Shared, Snapshot
 
 EPSILON_S = 1e-9
 BEST_EFFORT_SHARE = 0.01
@@ -25,12 +25,17 @@ class Work:
 
     Attributes:
         tail_s: seconds of the later phases, each step at its fastest degree.
+        costs: `table` with what others can use of a shared step: the least GPU-seconds it can cost.
+        company, shared: as of the phase.
     """
 
     kind: str
     steps: int
     table: StepTable
     tail_s: float
+    costs: StepTable
+    company: str = ""
+    shared: Mapping[int, Shared] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,11 @@ class Board:
         return {degree: sets for degree, sets in alive.items() if sets}
 
     @cached_property
+    def has_company(self) -> bool:
+        """Whether anybody may share steps."""
+        return any(work.company for job in self.jobs for work in job.work)
+
+    @cached_property
     def jobs(self) -> tuple[OpenJob, ...]:
         """The jobs that can run on what is left; others wait for their GPUs to come back."""
         opened = (self._open(job) for job in self.snapshot.jobs)
@@ -107,7 +117,10 @@ class Board:
         for phase, table in zip(reversed(job.phases), reversed(tables), strict=True):
             if table is None:
                 return None
-            work.append(Work(phase.kind, phase.steps, table, tail_s))
+            costs, company = table, ""
+            if phase.company and self.snapshot.max_batch > 1:
+                costs, company = shared_table(table, phase.shared, self.snapshot.max_batch), phase.company
+            work.append(Work(phase.kind, phase.steps, table, tail_s, costs, company, phase.shared))
             tail_s += phase.steps * table.fastest_s
         start_s = max(self.snapshot.now_s, job.ready_s)
         return OpenJob(job, start_s, mask_of(job.gpus), tuple(reversed(work)))
@@ -119,6 +132,18 @@ class Board:
     def capacity(self, deadline_s: float) -> float:
         """GPU-seconds that are not committed yet between now and `deadline_s`."""
         return sum(max(0.0, deadline_s - free_s) for free_s in self.free_at_s if free_s < math.inf)
+
+
+def shared_table(table: StepTable, shared: Mapping[int, Shared], most: int) -> StepTable:
+    """A table in which only what a request takes of a step shared by `most` costs something."""
+    wait_s = []
+    for degree, step_s in zip(table.degrees, table.seconds, strict=True):
+        terms = shared.get(degree)
+        own_s = step_s
+        if terms is not None:
+            own_s = min(step_s, max(terms.add_s + terms.overhead_s / most, terms.floor_s / most))
+        wait_s.append(step_s - own_s)
+    return StepTable(table.degrees, table.seconds, tuple(wait_s))
 
 
 def waiting_order(job: OpenJob) -> tuple[int, float, str]:

@@ -12,10 +12,11 @@ time or not; per window, seconds x_ikw at degree k:
 Why it is a relaxation: take any valid schedule and let x_ikw be the seconds that it spends in w on request i at
 degree k, for the requests that it finishes on time, 0 for the others. Whole steps at their profiled times give the
 first row; a request never runs twice at a time, nor before its arrival or, when on time, after its deadline, which
-gives the second; no GPU runs two ranges at a time: the third. So every schedule is a point of the model, with its
-requests on time as objective. Left out, and so granted to the clairvoyant: whole steps, GPU sets, the order of
-phases, switching. A longer step than profiled (switching cost) only takes more room; times below the profile
-(jitter) are outside the bound.
+gives the second; no GPU runs two ranges at a time: the third. A step that several share counts for each with the
+seconds that it takes alone, which are no more than it lasts, and with the GPU-seconds that it adds, which are no more
+than it takes for all of them. So every schedule is a point of the model, with its requests on time as objective. Left
+out, and so granted to the clairvoyant: whole steps, GPU sets, the order of phases, switching. A longer step than
+profiled (switching cost) only takes more room; times below the profile (jitter) are outside the bound.
 
 Two simplifications lose nothing or stay a relaxation. A degree above the lower convex hull of (seconds, GPU-seconds)
 per step is left out: the mix of its hull neighbours takes no more of either in the same window. Where a trace has
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -124,16 +125,23 @@ def independent_groups(requests: Sequence[Known]) -> list[list[Known]]:
     return groups
 
 
-def hull(step_s: Mapping[int, float], n_gpus: int) -> dict[int, float]:
-    """Degrees on the lower convex hull of (seconds, GPU-seconds) per step, narrowest first."""
+def hull(phase: Phase, n_gpus: int) -> dict[int, tuple[float, float]]:
+    """(seconds, GPU-seconds) of a step at the degrees on their lower convex hull, narrowest first.
+
+    A step that may be shared costs no more GPU-seconds than it adds to a shared one, of which it is one of many.
+    """
     kept: list[tuple[float, float, int]] = []
-    for seconds, cost, degree in sorted((s, d * s, d) for d, s in step_s.items() if d <= n_gpus):
+    costs = []
+    for degree, step_s in phase.step_s.items():
+        terms = phase.shared.get(degree) if phase.company else None
+        costs.append((step_s, degree * (step_s if terms is None else min(step_s, terms.add_s)), degree))
+    for seconds, cost, degree in sorted(one for one in costs if one[2] <= n_gpus):
         if kept and cost >= kept[-1][1]:
             continue
         while len(kept) > 1 and _is_above(kept[-1], kept[-2], (seconds, cost, degree)):
             kept.pop()
         kept.append((seconds, cost, degree))
-    return {degree: seconds for seconds, _, degree in reversed(kept)}
+    return {degree: (seconds, cost) for seconds, cost, degree in reversed(kept)}
 
 
 def _is_above(point: tuple[float, ...], left: tuple[float, ...], right: tuple[float, ...]) -> bool:
@@ -180,13 +188,13 @@ class _Model:
                     continue
                 spent: list[tuple[pulp.LpVariable, float]] = []
                 for p, phase in enumerate(request.phases):
-                    for degree, step_s in hull(phase.step_s, n_gpus).items():
+                    for degree, (step_s, gpu_s) in hull(phase, n_gpus).items():
                         if step_s <= 0:
                             continue
                         x = pulp.LpVariable(f"x{i}_{p}_{degree}_{w}", lowBound=0)
                         spent.append((x, 1.0))
                         done[p].append((x, 1.0 / step_s))
-                        used[w].append((x, degree))
+                        used[w].append((x, gpu_s / step_s))
                 self._rows.append(pulp.LpAffineExpression([*spent, (self._on_time[i], -overlap_s)]) <= 0)
             for steps, phase in zip(done, request.phases, strict=True):
                 if steps:

@@ -60,11 +60,14 @@ def schedule_on_time(
         ready_s = lister.now_s + EPSILON_S
         picks: list[Pick] = []
         if idle:
-            picks, idle = lister.floors([run for run in order if run.ready_s <= ready_s], idle)
+            waiting = [run for run in order if run.ready_s <= ready_s]
+            picks, idle = lister.floors(waiting, idle)
+            if board.has_company and len(picks) < len(waiting):
+                lister.join(waiting, picks)
             lister.widen(picks, idle, spare)
         for pick in first + picks:
             lister.launch(pick)
-        done = [pick.run for pick in picks if pick.run.is_done]
+        done = [run for pick in picks for run in pick.runs if run.is_done]
         if done:
             order = [run for run in order if run.finish_s == math.inf]
             if rule.give_up:
@@ -113,9 +116,11 @@ def fill_gaps(
                 if own[cursor[gpu]][0] <= lister.now_s + EPSILON_S:
                     idle &= ~(1 << gpu)
         picks, idle = lister.gaps(waiting, idle)
+        if board.has_company and len(picks) < len(waiting):
+            lister.join(waiting, picks)
         lister.widen(picks, idle, 0)
         for pick in picks:
             lister.launch(pick)
-        if any(pick.run.is_done for pick in picks):
+        if any(run.is_done for pick in picks for run in pick.runs):
             order = [run for run in order if not run.is_done]
     schedule.segments.extend(lister.segments)

@@ -217,7 +217,7 @@ def _demands(board: Board, jobs: Sequence[OpenJob]) -> list[Demand]:
     """What each request costs when it is served in the cheapest way that is on time, and what that is worth."""
     now_s = board.snapshot.now_s
     costs = [
-        least_gpu_seconds(((work.steps, work.table) for work in job.work), job.job.deadline_s - job.start_s)
+        least_gpu_seconds(((work.steps, work.costs) for work in job.work), job.job.deadline_s - job.start_s)
         for job in jobs
     ]
     gpus = [cost / (job.job.deadline_s - now_s) for cost, job in zip(costs, jobs, strict=True)]

@@ -231,7 +231,7 @@ class _Placer:
                 if at_s > snapshot.now_s and not steps:
                     break
                 end_s = at_s + max(1, steps) * step_s
-                entries.append(Entry(run.open.job.id, work.kind, gpus.gpus, max(1, steps), at_s, end_s))
+                entries.append(Entry((run.open.job.id,), work.kind, gpus.gpus, max(1, steps), at_s, end_s))
                 run.advance(max(1, steps), end_s, gpus.mask)
                 if run.is_done or run.work is work or end_s >= snapshot.boundary_s - EPSILON_S:
                     break

@@ -26,13 +26,30 @@ MERGED_SHARE = 0.125
 there, and what comes after the present is only a forecast."""
 
 
+BARGAIN = 0.9
+"""Who joins others must add no more GPU-seconds than this share of what it takes alone."""
+
+
 @dataclass
 class Pick:
-    """A GPU set tentatively given to a run at this instant."""
+    """A GPU set tentatively given to a run at this instant.
+
+    Attributes:
+        guests: others who run along, in the same steps.
+    """
 
     run: Run
     index: int
     gpus: GpuSet
+    guests: tuple[Run, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return (self.run, *self.guests)
+
+    def step_s(self, index: int) -> float:
+        """Seconds of one step of all of them at that degree of the run."""
+        return self.run.step_with(self.guests, index) if self.guests else self.run.seconds[index]
 
 
 class Lister:
@@ -189,6 +206,8 @@ class Lister:
         while room > 0:
             for _, number, index in gains:
                 pick = picks[number]
+                if pick.guests and self.limited:  # whose steps are longer than those that `find` looks at
+                    continue
                 if pick.run.degrees[index] - pick.run.degrees[pick.index] > room:
                     continue
                 gpus = self.find(pick.run, index, idle | pick.gpus.mask)
@@ -201,31 +220,79 @@ class Lister:
             pick.index, pick.gpus = index, gpus
             gains = sorted([gain for gain in gains if gain[1] != number] + _gains(pick, number))
 
+    def join(self, waiting: Iterable[Run], picks: list[Pick]) -> None:
+        """Have runs that found no GPUs share the steps of others: each with whom it adds least, as far as that is a
+        bargain, those others stay on time at the common pace, and it does not become late itself."""
+        most = self.board.snapshot.max_batch
+        hosts = [pick for pick in picks if pick.run.work.company and pick.run.can_share((), pick.index)]
+        taken = {id(pick.run) for pick in picks}
+        for run in waiting:
+            if not run.work.company or id(run) in taken:
+                continue
+            alone = min(degree * s for degree, s in zip(run.degrees, run.seconds, strict=True))
+            best, least = None, BARGAIN * alone
+            for pick in hosts:
+                if pick.run.work.company != run.work.company or len(pick.guests) + 1 >= most:
+                    continue
+                degree = pick.run.degrees[pick.index]
+                if degree not in run.work.shared:
+                    continue
+                together_s = pick.run.step_with((*pick.guests, run), pick.index)
+                added = degree * (together_s - pick.step_s(pick.index))
+                if added < least and self._is_bearable(pick, run, together_s):
+                    best, least = pick, added
+            if best is not None:
+                best.guests += (run,)
+
+    def _is_bearable(self, pick: Pick, run: Run, together_s: float) -> bool:
+        if pick.gpus.mask & self.limited:
+            room_s = min(self.until_s[gpu] for gpu in bits(pick.gpus.mask & self.limited)) - self.now_s
+            if together_s > room_s:
+                return False
+        now_s = self.now_s
+        if any(one.latest_s >= now_s and now_s + one.steps * together_s > one.due_s for one in pick.runs):
+            return False
+        steps = min(self._steps(together_s, run.steps), *(one.steps for one in pick.runs))
+        is_late = run.latest_s < now_s
+        return is_late or now_s + steps * together_s <= run.latest_s + steps * run.seconds[-1]
+
+    def _steps(self, step_s: float, steps: int) -> int:
+        """How many of `steps` a segment that starts now has."""
+        if step_s <= EPSILON_S:
+            return steps
+        steps = min(steps, max(1, math.ceil(self._reach_s / step_s - 1e-6)))
+        if self._longest_s < steps * step_s:
+            steps = max(1, math.floor(self._longest_s / step_s + 1e-6))
+        return steps
+
     def launch(self, pick: Pick) -> None:
         """Write the segment down."""
-        run, gpus = pick.run, pick.gpus
-        step_s = run.seconds[pick.index]
-        steps = run.steps
-        if step_s > EPSILON_S:
-            steps = min(steps, max(1, math.ceil(self._reach_s / step_s - 1e-6)))
-            if self._longest_s < steps * step_s:
-                steps = max(1, math.floor(self._longest_s / step_s + 1e-6))
-            if gpus.mask & self.limited:
-                room_s = min(self.until_s[gpu] for gpu in bits(gpus.mask & self.limited)) - self.now_s
-                steps = min(steps, max(1, math.floor(room_s / step_s + 1e-6)))
+        runs, gpus = pick.runs, pick.gpus
+        step_s = pick.step_s(pick.index)
+        steps = self._steps(step_s, min([run.steps for run in runs]))
+        if step_s > EPSILON_S and gpus.mask & self.limited:
+            room_s = min(self.until_s[gpu] for gpu in bits(gpus.mask & self.limited)) - self.now_s
+            steps = min(steps, max(1, math.floor(room_s / step_s + 1e-6)))
         end_s = self.now_s + steps * step_s
-        self.segments.append((self.now_s, end_s, run, run.work.kind, gpus, steps))
+        self.segments.append((self.now_s, end_s, runs, pick.run.work.kind, gpus, steps))
         for gpu in gpus.gpus:
             self.free_s[gpu] = end_s
         self.idle &= ~gpus.mask
         heapq.heappush(self._events, (end_s, gpus.mask))
-        run.advance(steps, end_s, gpus.mask)
+        for run in runs:
+            run.advance(steps, end_s, gpus.mask)
 
 
 def _gains(pick: Pick, number: int) -> list[tuple[float, int, int]]:
     """Seconds that a wider degree saves per GPU, negated, with the number of the pick and the degree's index."""
     run, at = pick.run, pick.index
-    degree, step_s = run.degrees[at], run.seconds[at]
+    degree = run.degrees[at]
+    if pick.guests:
+        wider = [i for i in range(at + 1, len(run.degrees)) if run.can_share(pick.guests, i)]
+        now_s, steps = pick.step_s(at), sum([one.steps for one in pick.runs])
+        saved = [(steps * (pick.step_s(i) - now_s), i) for i in wider]
+        return [(s / (run.degrees[i] - degree), number, i) for s, i in saved if s < 0]
+    step_s = run.seconds[at]
     return [
         (run.steps * (run.seconds[index] - step_s) / (run.degrees[index] - degree), number, index)
         for index in range(at + 1, len(run.degrees))

@@ -7,9 +7,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a request brings to a step that it shares with others, at one degree.
+
+    Attributes:
+        floor_s: no shared step takes less: launching kernels, however little they have to do, and what this one takes
+            alone.
+        overhead_s: what a shared step takes beside its requests.
+        add_s: what this one adds.
+    """
+
+    floor_s: float
+    overhead_s: float
+    add_s: float
+
+
+def shared_step_s(terms: Sequence[Shared]) -> float:
+    """The batch law (design section 4): seconds of a step of several requests."""
+    floor_s, overhead_s = max([t.floor_s for t in terms]), max([t.overhead_s for t in terms])
+    return max(floor_s, overhead_s + sum([t.add_s for t in terms]))
 
 
 @dataclass(frozen=True)
@@ -21,16 +43,27 @@ class Phase:
         steps: whole steps left, at least 1. Encode and decode are phases of one step.
         step_s: seconds of one step by sequence-parallel degree; only degrees that are allowed.
         component: what a GPU must hold to run it, "" for nothing in particular.
+        company: requests whose phases have the same may share steps, each its own; "" for none.
+        shared: the batch law's terms by degree, where it may.
     """
 
     kind: str
     steps: int
     step_s: Mapping[int, float]
     component: str = ""
+    company: str = ""
+    shared: Mapping[int, Shared] = field(default_factory=dict)
 
     @property
     def fastest_step_s(self) -> float:
         return min(self.step_s.values())
+
+
+def step_together_s(phases: Sequence[Phase], degree: int) -> float:
+    """Seconds of one step of these phases together; of one alone its own."""
+    if len(phases) == 1:
+        return phases[0].step_s[degree]
+    return shared_step_s([phase.shared[degree] for phase in phases])
 
 
 def least_work_s(phases: Iterable[Phase]) -> float:
@@ -99,6 +132,7 @@ class Snapshot:
         free_at_s: per GPU, when its committed work ends (`<= now_s` when idle), `math.inf` when lost.
         expected: the load of the recent past, as a forecast ...
         newcomer_slack_s: ... and how long nearly each of those who arrive can wait for its GPUs.
+        max_batch: so many requests may share a step.
     """
 
     now_s: float
@@ -108,6 +142,7 @@ class Snapshot:
     next_boundary_s: float | None = None
     expected: tuple[Load, ...] = ()
     newcomer_slack_s: float = math.inf
+    max_batch: int = 1
 
     @property
     def boundary_s(self) -> float:
@@ -117,9 +152,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Entry:
-    """A rectangle on the board: whole steps of one phase on a GPU set, at degree `len(gpus)`."""
+    """A rectangle on the board: whole steps of one phase, of one request or of several together, on a GPU set, at
+    degree `len(gpus)`."""
 
-    job_id: str
+    job_ids: tuple[str, ...]
     kind: str
     gpus: tuple[int, ...]
     steps: int
@@ -135,7 +171,8 @@ class Entry:
 class Packing:
     """A policy's answer: entries in order of start, and whom it gave up for now.
 
-    Entries of one request never overlap and follow its phases in order; no GPU is used twice at a time.
+    Entries of one request never overlap and follow its phases in order; no GPU is used twice at a time. Who shares an
+    entry is of the same company.
     The caller commits what starts in its window and asks again later; the rest is the look-ahead.
     """
 
@@ -148,8 +185,9 @@ class Packing:
         steps: Counter[str] = Counter()
         end_s: dict[str, float] = {}
         for entry in self.entries:
-            steps[entry.job_id] += entry.steps
-            end_s[entry.job_id] = max(entry.end_s, end_s.get(entry.job_id, -math.inf))
+            for job_id in entry.job_ids:
+                steps[job_id] += entry.steps
+                end_s[job_id] = max(entry.end_s, end_s.get(job_id, -math.inf))
         whole = (job.id for job in jobs if steps[job.id] >= sum(phase.steps for phase in job.phases))
         return {job_id: end_s[job_id] for job_id in whole}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from solver.board import EPSILON_S, OpenJob
 from solver.placement import GpuSet
-from solver.problem import Entry
+from solver.problem import Entry, shared_step_s
 
 
 class Run:
@@ -88,6 +88,16 @@ class Run:
         else:
             self._enter(self.phase + 1)
 
+    def step_with(self, guests: Sequence[Run], index: int) -> float:
+        """Seconds of one step of the current phase that it shares with others."""
+        degree = self.degrees[index]
+        return shared_step_s([run.work.shared[degree] for run in (self, *guests)])
+
+    def can_share(self, guests: Sequence[Run], index: int) -> bool:
+        """Whether all of them can run at that degree."""
+        degree = self.degrees[index]
+        return degree in self.work.shared and all(degree in guest.work.shared for guest in guests)
+
     @property
     def is_done(self) -> bool:
         return self.finish_s < math.inf
@@ -140,16 +150,16 @@ class Rule:
     give_up: bool = True
 
 
-Segment = tuple[float, float, Run, str, GpuSet, int]
-"""Start, end, request, kind, GPUs, steps: an `Entry` in the making; a look-ahead throws most of them away."""
+Segment = tuple[float, float, tuple[Run, ...], str, GpuSet, int]
+"""Start, end, requests, kind, GPUs, steps: an `Entry` in the making; a look-ahead throws most of them away."""
 
 
 def entries_of(segments: list[Segment]) -> list[Entry]:
     """In order of start."""
     ordered = sorted(segments, key=lambda segment: segment[:2])
     return [
-        Entry(run.open.job.id, kind, gpus.gpus, steps, start_s, end_s)
-        for start_s, end_s, run, kind, gpus, steps in ordered
+        Entry(tuple([run.open.job.id for run in runs]), kind, gpus.gpus, steps, start_s, end_s)
+        for start_s, end_s, runs, kind, gpus, steps in ordered
     ]
 
 

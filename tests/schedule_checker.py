@@ -57,14 +57,16 @@ def violations(
             wrong.append(f"{entry}: GPU set not allowed")
         elif entry.start_s < max(free_at_s[gpu] for gpu in entry.gpus) - SLACK_S:
             wrong.append(f"{entry}: starts on a busy or lost GPU")
-        if entry.job_id not in chains:
+        if not entry.job_ids or not set(entry.job_ids) <= set(chains):
             wrong.append(f"{entry}: unknown request")
+        if len(set(entry.job_ids)) < len(entry.job_ids):
+            wrong.append(f"{entry}: twice the same request")
     for gpu in range(n_gpus):
         wrong += _overlaps([entry for entry in entries if gpu in entry.gpus], f"GPU {gpu}")
-    for job_id, chain in chains.items():
-        own = sorted((e for e in entries if e.job_id == job_id), key=lambda e: (e.start_s, e.end_s))
+    for job_id in chains:
+        own = sorted((e for e in entries if job_id in e.job_ids), key=lambda e: (e.start_s, e.end_s))
         wrong += _overlaps(own, job_id)
-        wrong += _chain_violations(job_id, own, chain, complete)
+        wrong += _chain_violations(job_id, own, chains, complete)
     return wrong
 
 
@@ -90,8 +92,33 @@ def _overlaps(entries: Sequence[Entry], whose: str) -> list[str]:
     ]
 
 
-def _chain_violations(job_id: str, own: Sequence[Entry], chain: Chain, complete: bool) -> list[str]:
+def _least_step_s(entry: Entry, chains: Mapping[str, Chain]) -> float | None:
+    """Of one request its own step time, of several by the batch law of the design page; None where they may not."""
+    phases = []
+    for job_id in entry.job_ids:
+        phases += [phase for phase in chains[job_id].phases if phase.kind == entry.kind]
+    degree = len(entry.gpus)
+    if len(phases) != len(entry.job_ids):
+        return None
+    if len(phases) == 1:
+        return phases[0].step_s.get(degree)
+    if len({phase.company for phase in phases}) > 1 or not phases[0].company:
+        return None
+    terms = [phase.shared.get(degree) for phase in phases]
+    if None in terms:
+        return None
+    floor_s = overhead_s = adds_s = 0.0
+    for term in terms:
+        floor_s, overhead_s = max(floor_s, term.floor_s), max(overhead_s, term.overhead_s)
+        adds_s += term.add_s
+    return max(floor_s, overhead_s + adds_s)
+
+
+def _chain_violations(
+    job_id: str, own: Sequence[Entry], chains: Mapping[str, Chain], complete: bool
+) -> list[str]:
     wrong = []
+    chain = chains[job_id]
     if own and own[0].start_s < chain.start_s - SLACK_S:
         wrong.append(f"{job_id}: starts at {own[0].start_s} before {chain.start_s}")
     left = [[phase.kind, phase.steps, phase.step_s] for phase in chain.phases]
@@ -99,7 +126,7 @@ def _chain_violations(job_id: str, own: Sequence[Entry], chain: Chain, complete:
         if not left or entry.kind != left[0][0] or not 1 <= entry.steps <= left[0][1]:
             wrong.append(f"{entry}: out of turn or too many steps, left {left}")
             break
-        step_s = left[0][2].get(len(entry.gpus))
+        step_s = _least_step_s(entry, chains)
         if step_s is None or entry.end_s - entry.start_s < entry.steps * step_s - SLACK_S:
             wrong.append(f"{entry}: degree not allowed or too short for its steps")
         left[0][1] -= entry.steps

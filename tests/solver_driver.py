@@ -62,7 +62,7 @@ def drive(
             scheduler.arrived(request.id, request.phases, now_s, request.arrival_s + request.slo_s)
         for a in scheduler.plan(now_s).assignments:
             heapq.heappush(running, (a.end_s, a.seq, a))
-            outcome.entries.append(Entry(a.request_ids[0], a.kind, a.gpus, a.steps, a.start_s, a.end_s))
+            outcome.entries.append(Entry(a.request_ids, a.kind, a.gpus, a.steps, a.start_s, a.end_s))
 
 
 def executed_violations(trace: Sequence[Arrival], outcome: Outcome, n_gpus: int) -> list[str]:

@@ -192,7 +192,7 @@ def test_a_replayed_trace_has_a_valid_schedule(server: Server, tmp_path: Path) -
         for line in trace
     }
     entries = [
-        Entry(e["request_ids"][0], e["kind"], tuple(e["gpus"]), e["steps"], e["start_s"], e["end_s"])
+        Entry(tuple(e["request_ids"]), e["kind"], tuple(e["gpus"]), e["steps"], e["start_s"], e["end_s"])
         for e in result["schedule"]
     ]
     assert violations(entries, chains, 2) == []

@@ -154,6 +154,7 @@ def simulate(options: argparse.Namespace) -> int:
             options.gpus,
             disturbance=disturbance,
             reuse=Reuse(options.reuse, options.reuse_every),
+            max_batch=options.max_batch,
             on_settled=bar.update,
         )
     result = result_of(policy.name, options.gpus, done.outcomes, done.schedule, done.plan_ms)
@@ -391,6 +392,13 @@ def _parser() -> argparse.ArgumentParser:
         default=2,
         metavar="N",
         help="then behind the first ones every N-th step is computed (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--max-batch",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="so many requests may share a step, where the profile has the batch law (default: %(default)s)",
     )
     sub.add_argument("--out", type=Path, required=True, help="result to write")
     sub.add_argument(

@@ -28,6 +28,7 @@ class ModelInfo:
         loras: names that a request may choose from.
         degraded: what its pictures lack against the model as published, such as "int8" weights.
         editing: how it takes pictures.
+        batches: which requests may share a step: "mixed", of any shapes, "same shape", or "" for none.
     """
 
     name: str
@@ -54,6 +55,15 @@ class ModelInfo:
     loras: tuple[str, ...] = ()
     degraded: tuple[str, ...] = ()
     editing: Editing = NO_EDITING
+    batches: str = ""
+
+    def company(self, request: GenerateRequest) -> str:
+        """Requests with the same may share a step; "": it shares with none. One forward wears one LoRA."""
+        if not self.batches or (request.images and self.batches != "mixed"):
+            return ""
+        worn = "" if request.lora is None else f" {request.lora} {request.lora_scale:g}"
+        shape = "" if self.batches == "mixed" else f" {request.shape}"
+        return f"{self.name}{worn}{shape}"
 
     def tokens(self, shape: Shape) -> int:
         """Tokens of a picture or clip, the length that sequence parallelism shards."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from solver.problem import Shared
 from tetriserve.errors import ConfigError
 from tetriserve.request import Shape
 
@@ -21,6 +22,9 @@ class Profile:
 
     Attributes:
         step_seconds: measured or published values only; `step_s` fills the rest by interpolation.
+        batch_floor_seconds, batch_overhead_seconds: by degree, of a step that several requests share (design section
+            4); degrees without a floor are not shared.
+        batch_step_seconds: what one more request adds to it.
     """
 
     model: str
@@ -31,16 +35,39 @@ class Profile:
     encode_seconds: Mapping[Shape, float] = field(default_factory=dict)
     decode_seconds: Mapping[Shape, float] = field(default_factory=dict)
     encode_image_seconds: Mapping[Shape, float] = field(default_factory=dict)
+    batch_floor_seconds: Mapping[int, float] = field(default_factory=dict)
+    batch_overhead_seconds: Mapping[int, float] = field(default_factory=dict)
+    batch_step_seconds: Mapping[Shape, Mapping[int, float]] = field(default_factory=dict)
 
     def step_s(self, shape: Shape) -> dict[int, float]:
         """Seconds of one step at each degree; interpolated on pixels where the shape is not listed."""
-        if shape in self.step_seconds:
-            return dict(self.step_seconds[shape])
-        tables = {
-            degree: {known: times[degree] for known, times in self.step_seconds.items() if degree in times}
+        return self._at(self.step_seconds, shape)
+
+    def shared(self, shape: Shape) -> dict[int, Shared]:
+        """The batch law's terms at each degree that has a floor, of requests of this shape. What one more adds is at
+        most what it takes alone, and together with others it is no faster than alone."""
+        if not self.batch_floor_seconds:
+            return {}
+        alone, adds = self.step_s(shape), self._at(self.batch_step_seconds, shape)
+        return {
+            degree: Shared(
+                max(floor_s, alone[degree]),
+                self.batch_overhead_seconds.get(degree, 0.0),
+                min(adds.get(degree, math.inf), alone[degree]),
+            )
+            for degree, floor_s in self.batch_floor_seconds.items()
+            if degree in alone
+        }
+
+    def _at(self, tables: Mapping[Shape, Mapping[int, float]], shape: Shape) -> dict[int, float]:
+        """Seconds by degree, filled in between the shapes of `tables`."""
+        if shape in tables:
+            return dict(tables[shape])
+        by_degree = {
+            degree: {known: times[degree] for known, times in tables.items() if degree in times}
             for degree in self.degrees
         }
-        return {degree: _interpolate(table, shape) for degree, table in tables.items()}
+        return {degree: _interpolate(table, shape) for degree, table in by_degree.items() if table}
 
     def encode_s(self, shape: Shape) -> float:
         return _interpolate(self.encode_seconds, shape) if self.encode_seconds else 0.0
@@ -67,15 +94,17 @@ class Profile:
             "device": self.device,
             "source": self.source,
             "degrees": list(self.degrees),
-            "step_seconds": {
-                str(shape): {degree: round(t, 6) for degree, t in times.items()}
-                for shape, times in sorted(self.step_seconds.items(), key=lambda item: item[0].pixels)
-            },
+            "step_seconds": _rounded(self.step_seconds),
         }
         for key in ("encode_seconds", "encode_image_seconds", "decode_seconds"):
             table: Mapping[Shape, float] = getattr(self, key)
             if table:
                 body[key] = {str(s): round(t, 6) for s, t in sorted(table.items(), key=lambda i: i[0].pixels)}
+        for key in ("batch_floor_seconds", "batch_overhead_seconds"):
+            if by_degree := getattr(self, key):
+                body[key] = {degree: round(t, 6) for degree, t in by_degree.items()}
+        if self.batch_step_seconds:
+            body["batch_step_seconds"] = _rounded(self.batch_step_seconds)
         return body
 
     @classmethod
@@ -101,15 +130,9 @@ class Profile:
         degrees = tuple(sorted(int(degree) for degree in body["degrees"]))
         if not degrees or degrees[0] < 1:
             raise ValueError(f"degrees must be positive, got {list(degrees)}")
-        tables = {
-            Shape.parse(shape): {int(degree): _positive(t, shape) for degree, t in times.items()}
-            for shape, times in body["step_seconds"].items()
-        }
+        tables = _tables(body, "step_seconds", degrees)
         if not tables:
             raise ValueError("step_seconds is empty")
-        for shape, times in tables.items():
-            if set(times) - set(degrees):
-                raise ValueError(f"step_seconds {shape} has degrees {sorted(times)} beyond {list(degrees)}")
         for degree in degrees:
             if not any(degree in times for times in tables.values()):
                 raise ValueError(f"no step_seconds for degree {degree}")
@@ -122,7 +145,54 @@ class Profile:
             encode_seconds=_table(body.get("encode_seconds")),
             decode_seconds=_table(body.get("decode_seconds")),
             encode_image_seconds=_table(body.get("encode_image_seconds")),
+            **_batches(body, degrees, tables),
         )
+
+
+def _rounded(tables: Mapping[Shape, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+    return {
+        str(shape): {degree: round(t, 6) for degree, t in times.items()}
+        for shape, times in sorted(tables.items(), key=lambda item: item[0].pixels)
+    }
+
+
+def _tables(body: Any, name: str, degrees: tuple[int, ...]) -> dict[Shape, dict[int, float]]:
+    tables = {
+        Shape.parse(shape): {int(degree): _positive(t, shape) for degree, t in times.items()}
+        for shape, times in (body[name] or {}).items()
+    }
+    for shape, times in tables.items():
+        if set(times) - set(degrees):
+            raise ValueError(f"{name} {shape} has degrees {sorted(times)} beyond {list(degrees)}")
+    return tables
+
+
+def _batches(
+    body: Any, degrees: tuple[int, ...], alone: Mapping[Shape, Mapping[int, float]]
+) -> dict[str, Any]:
+    """The sections of the batch law, none of them against another."""
+    names = ("batch_floor_seconds", "batch_overhead_seconds", "batch_step_seconds")
+    floor, overhead = (
+        {int(degree): _positive(t, name) for degree, t in (body.get(name) or {}).items()}
+        for name in names[:2]
+    )
+    for name, table in zip(names, (floor, overhead), strict=False):
+        if set(table) - set(degrees):
+            raise ValueError(f"{name} has degrees {sorted(table)} beyond {list(degrees)}")
+    adds = _tables(body, names[2], degrees) if body.get(names[2]) else {}
+    if not floor:
+        given = next((name for name in names[1:] if body.get(name)), None)
+        if given:
+            raise ValueError(f"{given} needs batch_floor_seconds: without it there are no batches")
+    for shape, times in adds.items():
+        for degree, add_s in times.items():
+            step_s = alone.get(shape, {}).get(degree, math.inf)
+            if add_s > step_s:
+                raise ValueError(
+                    f"batch_step_seconds {shape} at degree {degree}: one more request adds {add_s:g}, more than the "
+                    f"{step_s:g} that a step takes alone (step_seconds)"
+                )
+    return dict(zip(names, (floor, overhead, adds), strict=True))
 
 
 def _table(body: Mapping[str, Any] | None) -> dict[Shape, float]:

@@ -135,7 +135,8 @@ class StepRange(NamedTuple):
 class Execution(NamedTuple):
     """One committed range as it ran; Unix seconds by the replica's clock.
 
-    `others` is how many other requests were open when it was planned.
+    `others` is how many other requests were open when it was planned, `shared_with` how many of them ran in the same
+    steps.
     """
 
     kind: str
@@ -144,6 +145,7 @@ class Execution(NamedTuple):
     start_s: float
     end_s: float
     others: int = 0
+    shared_with: int = 0
 
 
 class LostRange(NamedTuple):

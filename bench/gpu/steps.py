@@ -184,7 +184,6 @@ def rest_of_a_request(place: Place, rows: Rows, model: Model, side: int) -> None
 def degrees_and_kernels(place: Place, rows: Rows, model: Model, side: int) -> None:
     """One step by kernel, and by degree without its exchange."""
     _, state = model.begin(side, 1)
-    timestep = state.sampler.timesteps[0]
     for kernel in model.kernels:
         for degree in DEGREES if kernel == "auto" else DEGREES[:1]:
             group = None if degree == 1 else NoExchange(tuple(range(degree)), 0, None, 0)
@@ -192,7 +191,7 @@ def degrees_and_kernels(place: Place, rows: Rows, model: Model, side: int) -> No
             with rows.or_error(side=side, kernel=kernel, degree=degree), place.peak_gib() as peak:
                 with model.adapter.over(group):
                     done_ms, launched_ms = place.timed(
-                        lambda: model.adapter.predict_noise(state, timestep), 3 if side > 1024 else 5
+                        lambda: model.adapter.predict([state]), 3 if side > 1024 else 5
                     )
                 rows.add(
                     side=side,
@@ -212,15 +211,15 @@ def degrees_and_kernels(place: Place, rows: Rows, model: Model, side: int) -> No
 def replayed(place: Place, model: Model, state: Any, degree: int) -> float:
     """A step as one CUDA graph: what the device needs when nothing waits for the host."""
     group = None if degree == 1 else NoExchange(tuple(range(degree)), 0, None, 0)
-    timestep, graph = state.sampler.timesteps[0], torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
     with model.adapter.over(group):
         beside = torch.cuda.Stream()
         with torch.cuda.stream(beside):  # kernels choose and load before the capture
             for _ in range(2):
-                model.adapter.predict_noise(state, timestep)
+                model.adapter.predict([state])
         place.sync()
         with torch.cuda.graph(graph):
-            model.adapter.predict_noise(state, timestep)
+            model.adapter.predict([state])
     return place.timed(graph.replay, 5, 1)[0]
 
 
@@ -240,12 +239,11 @@ def compiled(place: Place, rows: Rows) -> None:
                 module.compile_repeated_blocks(dynamic=True)
             for side in sides(place):
                 _, state = model.begin(side, 1)
-                timestep = state.sampler.timesteps[0]
                 start_s = time.perf_counter()
-                model.adapter.predict_noise(state, timestep)
+                model.adapter.predict([state])
                 place.sync()
                 first_s = time.perf_counter() - start_s
-                done_ms, _ = place.timed(lambda: model.adapter.predict_noise(state, timestep), 3, 1)  # noqa: B023
+                done_ms, _ = place.timed(lambda: model.adapter.predict([state]), 3, 1)  # noqa: B023
                 rows.add(side=side, loop=f"compiled, {name}", step_ms=done_ms, first_s=first_s)
 
 

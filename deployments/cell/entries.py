@@ -140,8 +140,9 @@ class Entry:
             self.steps_done += assignment.steps
             self.degree = assignment.degree
         self.truncated = reports[0].truncated or self.truncated
-        if reports[0].preview is not None:  # the leader's
-            self.preview = reports[0].preview
+        preview = reports[0].previews[assignment.request_ids.index(self.id)]  # the leader's
+        if preview is not None:
+            self.preview = preview
         self.notify()
 
     def notify(self) -> None:
@@ -223,7 +224,10 @@ def name_of(entry_id: str) -> str:
 def executed(assignment: Assignment, reports: list[Report]) -> Execution:
     """A range as it ran."""
     start_s, end_s = together(reports)
-    return Execution(assignment.kind, assignment.steps, assignment.gpus, start_s, end_s, assignment.others)
+    shared_with = len(assignment.request_ids) - 1
+    return Execution(
+        assignment.kind, assignment.steps, assignment.gpus, start_s, end_s, assignment.others, shared_with
+    )
 
 
 def unix_ahead_s() -> float:

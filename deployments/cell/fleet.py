@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import statistics
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from deployments.logs import LogForm, logger
 from deployments.memory import HostMemory
 from deployments.progress import note, session_folder
 from solver.placement import gpu_sets, group_sets
+from tetriserve.batch_law import BATCHES, PAYS, SharedTimes, law_of
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory, first_line
 from tetriserve.model_info import ModelInfo
@@ -261,9 +262,9 @@ class Fleet:
                     logger.info("degree %d is not used for %s: %s", degree, shape, reason)
         return pairs
 
-    async def measure(self, shape: Shape, degree: int) -> dict[str, float]:
+    async def measure(self, shape: Shape, degree: int, batch: int = 1) -> dict[str, float]:
         """Median seconds by kind of phase, with all GPUs busy at this degree, as in service: of a step, and at degree
-        1 of the other phases.
+        1 of the other phases; with `batch` above 1 only of a step of so many requests.
 
         Raises what a replica raises, `OutOfMemory` when it does not fit.
         """
@@ -275,10 +276,8 @@ class Fleet:
 
         def measuring(gpus: tuple[int, ...]) -> Any:
             seq = next(self._rehearsals)
-            calls = [
-                (gpu, self._replicas[gpu].measure.remote(shape, gpus, seq, settings.warmup, settings.repeats))
-                for gpu in gpus
-            ]
+            arguments = (shape, gpus, seq, settings.warmup, settings.repeats, batch)
+            calls = [(gpu, self._replicas[gpu].measure.remote(*arguments)) for gpu in gpus]
             return self.settled(calls, gpus, seq)
 
         results: list[dict[str, float]] = []
@@ -308,6 +307,7 @@ class Fleet:
             measured(shape, degree, step_s)
         if not steps:
             raise ConfigError("args.profile.shapes: the model runs out of memory at every shape and degree")
+        law = await self._batch_law(steps) if self.info.batches and args.scheduler.max_batch > 1 else {}
         return Profile(
             model=self.info.name,
             device=self.device,
@@ -318,7 +318,27 @@ class Fleet:
             encode_seconds=others["encode"],
             decode_seconds=others["decode"],
             encode_image_seconds=others.get("encode_image", {}),
+            **law,
         )
+
+    async def _batch_law(self, alone: Mapping[Shape, Mapping[int, float]]) -> dict[str, Any]:
+        """The profile's sections on shared steps: measured from the smallest shape on, as long as sharing pays."""
+        measured: dict[int, list[SharedTimes]] = {}
+        for degree in sorted({degree for times in alone.values() for degree in times}):
+            shapes = sorted((s for s in alone if degree in alone[s]), key=lambda shape: shape.pixels)
+            for shape in shapes:
+                alone_s = alone[shape][degree]
+                try:
+                    times = [(await self.measure(shape, degree, batch=n))["denoise"] for n in BATCHES]
+                except OutOfMemory as error:
+                    logger.warning("no batches at degree %d of %s: out of memory: %s", degree, shape, error)
+                    break
+                one = SharedTimes(shape, alone_s, dict(zip(BATCHES, times, strict=True)))
+                logger.info("%s at degree %d, shared by %s: %s s a step", shape, degree, BATCHES, times)
+                measured.setdefault(degree, []).append(one)
+                if one.gain < PAYS:  # larger ones gain less
+                    break
+        return law_of(measured)
 
 
 def cause_of(error: BaseException) -> BaseException:

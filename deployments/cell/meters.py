@@ -84,6 +84,10 @@ class Meters:
             "Measured over profiled seconds of a step, median of the last ranges.",
             "shape",
             "degree",
+            "shared",
+        )
+        self._shared = meter(
+            "Counter", "shared_steps_total", "Denoising steps by how many requests ran in them.", "requests"
         )
         self._busy = meter("Counter", "gpu_busy_seconds_total", "GPU-seconds of step ranges.", "degree")
         self._switches = meter("Counter", "degree_switches_total", "Changes of degree between two ranges.")
@@ -118,19 +122,28 @@ class Meters:
             for phase in ("queue", "encode", "denoise", "decode", "total"):
                 self._phases.observe(getattr(metrics, f"{phase}_s"), phase, label)
 
-    def ran(self, shape: Shape, degree: int, steps: int, switched: bool, reports: Sequence[Report]) -> None:
-        """A range was run by all its members; `steps` of denoising, 0 for the other phases."""
+    def ran(
+        self, shapes: Sequence[Shape], degree: int, steps: int, switched: int, reports: Sequence[Report]
+    ) -> None:
+        """A range of requests of these shapes was run by all its members.
+
+        Args:
+            steps: of denoising, 0 for the other phases.
+            switched: for so many the degree changed.
+        """
         start_s, end_s = together(reports)
         self._busy.add(degree * (end_s - start_s), degree)
         if steps:
-            self._steps.observe(seconds_per_step(reports, steps), self._label(shape), degree)
+            for label in {self._label(shape) for shape in shapes}:
+                self._steps.observe(seconds_per_step(reports, steps), label, degree)
+            self._shared.add(steps, len(shapes))
             self._switch_s.observe(max(report.switch_s for report in reports))
             self._switches.add(switched)
 
-    def corrected(self, shape: Shape, degree: int, ratio: float) -> None:
-        """What the profile's step time is multiplied by from now on."""
+    def corrected(self, shape: Shape, degree: int, ratio: float, *, shared: bool) -> None:
+        """What the profile's step time, or a shared step's, is multiplied by from now on."""
         if shape in self._shapes:
-            self._ratio.set(ratio, str(shape), degree)
+            self._ratio.set(ratio, str(shape), degree, "yes" if shared else "no")
 
     def planned(self, seconds: float) -> None:
         self._plans.observe(seconds)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from logging import DEBUG, ERROR, WARNING
 from typing import Any, cast
@@ -34,37 +34,41 @@ class SentRange:
 
     Attributes:
         reports: a reference by GPU of the assignment, the leader's first.
-        produced: references to the conditioning and the first latents, to the latents, or to the picture.
+        produced: by request, references to the conditioning and the first latents, to the latents, or to the picture.
     """
 
     assignment: Assignment
     reports: tuple[Any, ...]
-    produced: tuple[Any, ...]
+    produced: tuple[tuple[Any, ...], ...]
 
 
-def send(fleet: Fleet, entry: Entry, assignment: Assignment) -> SentRange:
-    """Have a range run; replicas that hold the request's tensors already are not sent them."""
+def send(fleet: Fleet, entries: Sequence[Entry], assignment: Assignment) -> SentRange:
+    """Have a range run; replicas that hold a request's tensors already are not sent them."""
     phase = PHASES[assignment.kind]
     reports: list[Any] = []
     produced: list[Any] = []
     for gpu in assignment.gpus:
         is_leader = gpu == assignment.gpus[0]
-        results = (
-            fleet[gpu]
-            .run.options(num_returns=1 + phase.produces if is_leader else 1)
-            .remote(
-                assignment,
-                entry.request if phase.takes_request else None,
+        held = [
+            (
                 boxed(None if gpu in entry.knows else entry.conditioning),
                 boxed(None if gpu in entry.holders else entry.latents),
             )
+            for entry in entries
+        ]
+        results = (
+            fleet[gpu]
+            .run.options(num_returns=1 + phase.produces * len(entries) if is_leader else 1)
+            .remote(assignment, entries[0].request if phase.takes_request else None, held)
         )
         if is_leader:
             report, *produced = results
             reports.append(report)
         else:
             reports.append(results)
-    return SentRange(assignment, tuple(reports), tuple(produced))
+    each = phase.produces
+    by_request = tuple(tuple(produced[i * each : (i + 1) * each]) for i in range(len(entries)))
+    return SentRange(assignment, tuple(reports), by_request)
 
 
 async def settled(fleet: Fleet, sent: SentRange) -> tuple[list[Any], list[BaseException]]:
@@ -93,73 +97,125 @@ class Ranges:
         self._spawn = spawn
 
     def dispatch(self, assignment: Assignment) -> None:
-        (request_id,) = assignment.request_ids
-        entry = self._requests.entries[request_id]
-        if entry.conditioning is None:
-            self._requests.began(entry)
-        log_request(DEBUG, entry.name, "sends out %s", assignment)
-        sent = send(self._state.fleet, entry, assignment)
-        entry.sent(assignment, sent.produced)
-        entry.last_range = self._spawn(self._collect(entry, sent, entry.last_range))
+        entries = [self._requests.entries[request_id] for request_id in assignment.request_ids]
+        for entry in entries:
+            if entry.conditioning is None:
+                self._requests.began(entry)
+            log_request(DEBUG, entry.name, "sends out %s", assignment)
+        sent = send(self._state.fleet, entries, assignment)
+        before = {entry.last_range for entry in entries if entry.last_range is not None}
+        collecting = self._spawn(self._collect(entries, sent, before))
+        for entry, produced in zip(entries, sent.produced, strict=True):
+            entry.sent(assignment, produced)
+            entry.last_range = collecting
 
-    async def _collect(self, entry: Entry, sent: SentRange, before: asyncio.Task[None] | None) -> None:
-        """Wait for a range and for the one before it of the same request, then count it, or plan it again
-        when a GPU was lost, or fail its request."""
+    async def _collect(
+        self, entries: Sequence[Entry], sent: SentRange, before: Collection[asyncio.Task[None]]
+    ) -> None:
+        """Wait for a range and for those before it of the same requests, then count it, or plan it again when a GPU
+        was lost, or fail its request."""
         assignment = sent.assignment
         results, errors = await settled(self._state.fleet, sent)
-        if before is not None:
-            await asyncio.wait([before])
+        if before:
+            await asyncio.wait(before)
         members = set(assignment.gpus)
         lost = self._state.lost
-        silent = await self._state.fleet.silent(members - lost) if errors and not entry.aborting else set()
+        aborting = any(entry.aborting for entry in entries)
+        silent = await self._state.fleet.silent(members - lost) if errors and not aborting else set()
         # a lost GPU stays lost until its ranges are collected: this one was in flight on the old replica
         gone = silent | (lost & members)
         now_s = time.monotonic()
-        entry.outstanding -= 1
-        if errors or entry.aborting:
+        for entry in entries:
+            entry.outstanding -= 1
+        if errors or aborting:
             if not self._state.failure:
                 for gpu in silent:
                     self._recovery.lose(gpu)
             self._state.rounds.aborted(assignment.seq, now_s)
-            if entry.id in self._requests.entries:
-                self._take_back(entry, assignment, errors, bool(gone))
+            self._take_back(entries, assignment, errors, bool(gone), aborting=aborting)
         else:
             self._recovery.reported(assignment.gpus, now_s)
-            entry.commit(assignment, sent.produced)
             complete = self._state.rounds.finished(assignment.seq, now_s)
             ran = cast("list[Report]", results)
-            self._measure(entry, assignment, ran)
-            self._state.history.ran(entry.id, executed(assignment, ran))
-            if entry.id in self._requests.entries:
-                log_request(DEBUG, entry.name, "has done %s", assignment)
-                entry.record(assignment, ran)
-                if complete:
-                    self._requests.end(entry, entry.finish(sent.produced[0], now_s, self._state.info))
-        if entry.id not in self._requests.entries and entry.outstanding == 0:
-            self._requests.release(entry)
+            self._measure(entries, assignment, ran)
+            for entry, produced, failure in zip(entries, sent.produced, ran[0].failures, strict=True):
+                self._count(entry, assignment, ran, produced, failure)
+                if complete and entry.id in self._requests.entries:
+                    self._requests.end(entry, entry.finish(produced[0], now_s, self._state.info))
+        for entry in entries:
+            if entry.id not in self._requests.entries and entry.outstanding == 0:
+                self._requests.release(entry)
         self._state.wake.set()
 
-    def _take_back(
-        self, entry: Entry, assignment: Assignment, errors: list[BaseException], gone: bool
+    def _count(
+        self,
+        entry: Entry,
+        assignment: Assignment,
+        reports: list[Report],
+        produced: tuple[Any, ...],
+        failure: str,
     ) -> None:
-        """A range of an open request did not count: plan it again, or end the request if it is to blame.
+        """A range was run; for one of its requests, which goes on from there or has failed in it."""
+        entry.commit(assignment, produced)
+        self._state.history.ran(entry.id, executed(assignment, reports))
+        if entry.id not in self._requests.entries:
+            return
+        log_request(DEBUG, entry.name, "has done %s", assignment)
+        entry.record(assignment, reports)
+        if failure:
+            self._fail(entry, assignment, FloatingPointError(failure))
+
+    def _take_back(
+        self,
+        entries: Sequence[Entry],
+        assignment: Assignment,
+        errors: list[BaseException],
+        gone: bool,
+        *,
+        aborting: bool,
+    ) -> None:
+        """A range did not count: plan it again for its open requests, or end the one that is to blame.
 
         Args:
             gone: a replica of it is dead or silent.
+            aborting: one of its requests lost the range before.
         """
         short = [cause for cause in map(cause_of, errors) if isinstance(cause, OutOfMemory)]
         # an exchange may fail though all members live, and none of them failed by itself
         torn = bool(errors) and not gone and all(map(is_elsewhere, errors))
-        if torn and not entry.aborting:
+        if assignment.is_shared and not aborting:
+            # who of them is to blame shows when each runs alone
+            if short:
+                self._state.rounds.crowded(len(entries))
+            for entry in entries:
+                self._state.rounds.part(entry.id)
+        for entry in entries:
+            if entry.id in self._requests.entries:
+                spared = assignment.is_shared and not (torn or gone)
+                self._blame(entry, assignment, errors, short, gone=gone, torn=torn, spared=spared or aborting)
+
+    def _blame(
+        self,
+        entry: Entry,
+        assignment: Assignment,
+        errors: list[BaseException],
+        short: list[OutOfMemory],
+        *,
+        gone: bool,
+        torn: bool,
+        spared: bool,
+    ) -> None:
+        """What a range that did not count means for one of its requests; nothing but that if it is spared."""
+        if torn and not spared:
             entry.deadly.add(assignment.seq)
-        if short and not entry.aborting and not self._widen(entry, assignment):
+        if short and not spared and not self._widen(entry, assignment):
             self._fail(entry, assignment, short[0])
         elif len(entry.deadly) >= max(MIN_DEADLY, self._state.args.cell.max_losses):
             times = len(entry.deadly)
             why = f"in {times} of its step ranges replicas died or lost each other"
             why += self._state.fleet.memory.shortage()
             self._fail(entry, assignment, RuntimeError(why))
-        elif gone or short or torn or entry.aborting:
+        elif gone or short or torn or spared:
             self._state.meters.lost_range(assignment.kind)
             log_request(WARNING, entry.name, "lost %s", assignment)
             entry.lose(assignment)
@@ -167,15 +223,20 @@ class Ranges:
         else:
             self._fail(entry, assignment, first_cause(errors))
 
-    def _measure(self, entry: Entry, assignment: Assignment, reports: list[Report]) -> None:
+    def _measure(self, entries: Sequence[Entry], assignment: Assignment, reports: list[Report]) -> None:
         """A range was run: what it says of step times."""
-        shape, degree = self._state.info.step_shape(entry.request), assignment.degree
+        info, degree = self._state.info, assignment.degree
+        shapes = [info.step_shape(entry.request) for entry in entries]
         steps = assignment.steps if assignment.kind == "denoise" else 0
-        self._state.meters.ran(shape, degree, steps, entry.degree not in (0, degree), reports)
-        if steps:
-            step_s = seconds_per_step(reports, steps)
-            self._state.profile.measured(shape, degree, step_s, self._state.info.step_cost(entry.request))
-            self._state.meters.corrected(shape, degree, self._state.profile.ratio(shape, degree))
+        switched = sum(entry.degree not in (0, degree) for entry in entries)
+        self._state.meters.ran(shapes, degree, steps, switched, reports)
+        if not steps:
+            return
+        step_s, shared = seconds_per_step(reports, steps), assignment.is_shared
+        self._state.profile.measured(shapes, degree, step_s, info.step_cost(entries[0].request))
+        for shape in set(shapes):
+            ratio = self._state.profile.ratio(shape, degree, shared=shared)
+            self._state.meters.corrected(shape, degree, ratio, shared=shared)
 
     def _widen(self, entry: Entry, assignment: Assignment) -> bool:
         """After a range that ran out of memory: go on at a higher degree. False when there is none."""

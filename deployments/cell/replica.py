@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import DEBUG, ERROR, WARNING
 from pathlib import Path
 from typing import Any
@@ -69,25 +69,33 @@ def _log_failed(future: Future[Any]) -> None:
         logger.error("a release failed", exc_info=error)
 
 
-def _encode(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
+Held = list[tuple[Any, Any]]
+"""(conditioning, latents) by request of a range, None for what a replica has already."""
+
+
+def _encode(engine: Any, assignment: Assignment, request: GenerateRequest | None, held: Held) -> Any:
     assert request is not None
     return engine.encode(assignment.request_ids[0], request)
 
 
-def _encode_image(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
+def _encode_image(engine: Any, assignment: Assignment, request: GenerateRequest | None, held: Held) -> Any:
     assert request is not None
-    return engine.encode_image(assignment.request_ids[0], request, *held)
+    return engine.encode_image(assignment.request_ids[0], request, *held[0])
 
 
-def _denoise(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
-    (request_id,) = assignment.request_ids
-    gpus, seq = assignment.gpus, assignment.seq
-    report = engine.denoise(request_id, gpus, assignment.first_step, assignment.steps, *held, seq)
-    return report, engine.pack(request_id) if gpus[0] == engine.groups.gpu else None
+def _denoise(engine: Any, assignment: Assignment, request: GenerateRequest | None, held: Held) -> Any:
+    from tetriserve.engine.engine import Share
+
+    of_requests = zip(assignment.request_ids, assignment.first_steps, held, strict=True)
+    shares = [Share(request_id, first, *own) for request_id, first, own in of_requests]
+    gpus = assignment.gpus
+    report = engine.denoise_together(shares, gpus, assignment.steps, assignment.seq)
+    is_leader = gpus[0] == engine.groups.gpu
+    return report, *(engine.pack(share.request_id) if is_leader else None for share in shares)
 
 
-def _decode(engine: Any, assignment: Assignment, request: GenerateRequest | None, *held: Any) -> Any:
-    return engine.decode(assignment.request_ids[0], *held)
+def _decode(engine: Any, assignment: Assignment, request: GenerateRequest | None, held: Held) -> Any:
+    return engine.decode(assignment.request_ids[0], *held[0])
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,9 @@ class PhaseRun:
     """How a kind of phase is run by an `Engine`.
 
     Attributes:
-        run: (engine, assignment, request, conditioning, latents) to the report and what it produced.
-        produces: how many things the group's first GPU gives beside its report: conditioning, latents or the picture.
+        run: (engine, assignment, request, held) to the report and what it produced.
+        produces: how many things the group's first GPU gives beside its report, for each request: conditioning and
+            latents, latents, or the picture.
         takes_request: it gets the request, the others know it by the conditioning.
     """
 
@@ -187,6 +196,8 @@ class GPUReplica:
         if model.compile:
             for transformer in adapter.transformers():
                 compile_blocks(transformer)
+            # compiled code would be made anew for every mix
+            adapter.info = replace(adapter.info, batches="")
             self._compile()
         self._info = self._describe()
 
@@ -258,28 +269,30 @@ class GPUReplica:
         self,
         assignment: Assignment,
         request: GenerateRequest | None,
-        conditioning: Boxed,
-        latents: Boxed,
+        held: list[tuple[Boxed, Boxed]],
     ) -> Any:
         """Run a step range in its turn.
 
-        When it fails nothing of its request stays here. Raises `OutOfMemory` when memory was short, `GivenUp` when
+        Args:
+            held: (conditioning, latents) of each of its requests.
+
+        When it fails nothing of its requests stays here. Raises `OutOfMemory` when memory was short, `GivenUp` when
         the cause is somewhere else.
 
         Returns:
             encode: (Report, Conditioning, Latents); decode: (Report, picture);
-            denoise: (Report, Latents) on the first GPU of the group, Report on the others.
+            denoise: (Report, Latents of each request) on the first GPU of the group, Report on the others.
         """
         place = assignment.gpus.index(self._gpu)
-        (request_id,) = assignment.request_ids
-        name = name_of(request_id)
+        name = ", ".join(map(name_of, assignment.request_ids))
+        own: Held = []
         try:
-            held = _unboxed(conditioning), _unboxed(latents)
+            own = [(_unboxed(conditioning), _unboxed(latents)) for conditioning, latents in held]
             if request is not None:
                 request = request.with_pixels(ray.get([image.pixels for image in request.images]))
         except ray.exceptions.RayError as error:
             # the range takes its turn all the same: those planned behind it wait for it
-            held, missing = (None, None), f"the range before failed: {type(error).__name__}"
+            missing = f"the range before failed: {type(error).__name__}"
         else:
             missing = ""
 
@@ -291,7 +304,7 @@ class GPUReplica:
             if missing:
                 raise GivenUp(missing)
             with unquoted():
-                made = PHASES[assignment.kind].run(engine, assignment, request, *held)
+                made = PHASES[assignment.kind].run(engine, assignment, request, own)
             if group is not None:
                 group.agree(self._device)
             return made if place == 0 else made[0]
@@ -300,7 +313,7 @@ class GPUReplica:
 
         def call() -> Any:
             return self._or_abandon(
-                advance, request_id, assignment.gpus, assignment.seq, name, f"{assignment}", said
+                advance, assignment.request_ids, assignment.gpus, assignment.seq, name, f"{assignment}", said
             )
 
         return self._order.run_after(assignment.after[place], assignment.seq, call)
@@ -308,14 +321,14 @@ class GPUReplica:
     def _or_abandon(
         self,
         call: Callable[[], Any],
-        request_id: str,
+        request_ids: tuple[str, ...],
         gpus: tuple[int, ...],
         seq: int,
         name: str,
         what: str,
         said: tuple[str | None, ...] = (),
     ) -> Any:
-        """`call`, and when it fails nothing of its request or group stays here. Logs of `name` that `what`
+        """`call`, and when it fails nothing of its requests or group stays here. Logs of `name` that `what`
         failed, but no text that has words of the client, `said`, in it."""
         from tetriserve.engine.engine import is_out_of_memory
 
@@ -330,7 +343,7 @@ class GPUReplica:
             log_request(WARNING, name, "failed in %s: %s", what, type(error).__name__, error=own)
         # only here the traceback is gone that holds the tensors of the failed step
         try:
-            self._engine.abandon(request_id, gpus, seq)
+            self._engine.abandon(request_ids, gpus, seq)
         except Exception as broken:
             log_request(
                 ERROR, name, "met a broken device, GPU replica %d ends: %s: %s", self._gpu, failure, broken
@@ -351,14 +364,15 @@ class GPUReplica:
         self._order.post(lambda: self._engine.release(request_id)).add_done_callback(_log_failed)
 
     def measure(
-        self, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int
+        self, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int, batch: int = 1
     ) -> dict[str, float]:
         """`Engine.measure`; every member of `gpus` must be called, as range `seq`. Raises as `run` does."""
         name = f"measure-{seq}"
+        names = (name, *(f"{name}-{i}" for i in range(batch)))
 
         def call() -> Any:
-            return self._engine.measure(name, shape, gpus, seq, warmup, repeats)
+            return self._engine.measure(name, shape, gpus, seq, warmup, repeats, batch)
 
         return self._order.run(
-            lambda: self._or_abandon(call, name, gpus, seq, name, f"a measurement of {shape}")
+            lambda: self._or_abandon(call, names, gpus, seq, name, f"a measurement of {shape}")
         )

@@ -193,6 +193,7 @@ class Requests:
             cost=info.step_cost(request),
             step_shape=info.step_shape(request),
             images=info.shapes_in(request),
+            company=info.company(request) if state.args.scheduler.max_batch > 1 else "",
         )
 
     def began(self, entry: Entry) -> None:

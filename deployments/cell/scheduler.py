@@ -292,7 +292,12 @@ def _policy(knobs: SchedulerArgs) -> Policy:
 
 
 def _round_knobs(knobs: SchedulerArgs) -> dict[str, Any]:
-    return {"round_s": knobs.round_s, "min_round_s": knobs.min_round_s, "lead_s": knobs.lead_s}
+    return {
+        "round_s": knobs.round_s,
+        "min_round_s": knobs.min_round_s,
+        "lead_s": knobs.lead_s,
+        "max_batch": knobs.max_batch,
+    }
 
 
 def _limit_s(knobs: SchedulerArgs) -> float:

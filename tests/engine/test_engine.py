@@ -45,7 +45,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, picture
 from tetriserve.engine.compiled import check_compiler
-from tetriserve.engine.engine import is_out_of_memory
+from tetriserve.engine.engine import Share, is_out_of_memory
 from tetriserve.engine.kernels import attention_kernel
 from tetriserve.errors import ConfigError, InvalidRequest
 from tetriserve.models import load as load_module
@@ -451,6 +451,78 @@ def test_any_journey_equals_plain_pipeline(pool, plain, name: str, seed: int) ->
     assert_same(journey, journey.finish(dice.randrange(N_GPUS)), plain(model, request))
 
 
+def run_together(journeys: Sequence[Journey], gpus: tuple[int, ...], steps: int) -> None:
+    """A range that several share; each comes from wherever it was."""
+    pool, model = journeys[0].pool, journeys[0].model
+    for gpu in gpus:
+        shares = [
+            Share(
+                one.id,
+                one.step,
+                None if gpu in one.knows else one.conditioning,
+                None if gpu in one.holders else one.latents,
+            )
+            for one in journeys
+        ]
+        pool.send(gpu, model, "denoise_together", shares, gpus, steps)
+    reports = [pool.receive(gpu) for gpu in gpus]
+    assert all(report.failures == ("",) * len(journeys) for report in reports)
+    for one in journeys:
+        one.step += steps
+        one.knows |= set(gpus)
+        one.holders = set(gpus)
+        packed = pool.call(gpus, model, "pack", one.id)
+        one.latents = packed[0]
+        for other in packed[1:]:
+            np.testing.assert_array_equal(other.tensor.array, one.latents.tensor.array)
+
+
+TOGETHER = [
+    ["square", "odd", "true cfg", "distilled guidance", "flux reuse"],
+    ["sd3.5", "sd3.5 odd", "sd3.5 reuse"],
+    ["qwen-image", "qwen-image odd", "qwen-image guided"],
+    pytest.param(["flux.2 klein", "flux.2 klein"], marks=pytest.mark.slow),
+    pytest.param(["wan 2.1 odd", "wan 2.1 odd", "wan 2.1 picture"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=lambda names: names[0])
+def test_any_journey_in_company_equals_plain_pipeline(pool, plain, names: list[str]) -> None:
+    """Members join and leave between ranges of all degrees, at steps of their own, and run alone between."""
+    dice = random.Random(names[0])
+    model = REQUESTS[names[0]][0]
+    requests = [REQUESTS[name][1] for name in names]
+    journeys = [Journey(pool, model, request, gpu=dice.randrange(N_GPUS)) for request in requests]
+    journeys[0].run((1,), 1)
+    degrees = [1, 2, 4, 3]
+    while open_ := [i for i, one in enumerate(journeys) if one.step < steps_of(requests[i])]:
+        members = dice.sample(open_, dice.randint(min(2, len(open_)), len(open_)))
+        gpus = tuple(sorted(dice.sample(range(N_GPUS), degrees[0])))
+        degrees = degrees[1:] + degrees[:1]
+        left = min(steps_of(requests[i]) - journeys[i].step for i in members)
+        run_together([journeys[i] for i in members], gpus, dice.randint(1, min(2, left)))
+    for one, request in zip(journeys, requests, strict=True):
+        assert_same(one, one.finish(dice.randrange(N_GPUS)), plain(model, request))
+
+
+def test_one_member_without_numbers_fails_alone(pool, plain) -> None:
+    model, request = REQUESTS["odd"]
+    well, ill = (Journey(pool, model, request, gpu=0) for _ in range(2))
+    ill.latents.tensor.array[:] = np.nan
+    ill.holders = set()
+    for gpu in (0, 1):
+        shares = [Share(one.id, 0, one.conditioning, one.latents) for one in (well, ill)]
+        pool.send(gpu, model, "denoise_together", shares, (0, 1), 2)
+    for gpu in (0, 1):
+        report = pool.receive(gpu)
+        assert report.failures[0] == "" and "not finite" in report.failures[1]
+    (well.latents,) = pool.call((0,), model, "pack", well.id)
+    well.step, well.knows, well.holders = 2, {0, 1}, {0, 1}
+    well.run((0, 1, 2), STEPS - 2)
+    assert_same(well, well.finish(2), plain(model, request))
+    pool.call((0, 1), model, "release", ill.id)
+
+
 def test_a_lora_is_of_its_request_only(pool, plain) -> None:
     """Plain requests between two with different ones are the plain model's to the bit, on the same GPUs."""
     (_, first), (_, second) = REQUESTS["lora"], REQUESTS["lora of the text too"]
@@ -523,7 +595,7 @@ def test_only_the_leader_of_a_group_makes_previews(pool) -> None:
     for gpu in (1, 2):
         pool.send(gpu, model, "denoise", "watched", (1, 2), 0, STEPS, conditioning, latents)
     leader, other = (pool.receive(gpu) for gpu in (1, 2))
-    assert leader.preview.shape == (14, 26, 3) and other.preview is None
+    assert leader.previews[0].shape == (14, 26, 3) and other.previews[0] is None
     (packed,) = pool.call((2,), model, "pack", "watched")
     np.testing.assert_array_equal(packed.tensor.array, journey.latents.tensor.array)
     pool.call((0, 1, 2), model, "release", "watched")

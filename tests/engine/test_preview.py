@@ -88,8 +88,8 @@ def run(
     for steps in ranges:
         report = engine.denoise("r", (0,), done, steps)
         done += steps
-        if report.preview is not None:
-            shown[done] = report.preview
+        if report.previews[0] is not None:
+            shown[done] = report.previews[0]
     latents = engine.pack("r").tensor.array
     _, image = engine.decode("r")
     engine.release("r")

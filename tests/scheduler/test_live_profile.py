@@ -25,7 +25,7 @@ BASE = Profile(
 
 def feed(live: LiveProfile, shape: Shape, degree: int, *seconds: float, cost: float = 1.0) -> None:
     for step_s in seconds:
-        live.measured(shape, degree, step_s, cost)
+        live.measured([shape], degree, step_s, cost)
 
 
 def test_a_few_ranges_say_nothing_yet() -> None:

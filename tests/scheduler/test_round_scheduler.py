@@ -53,7 +53,7 @@ class Dice:
                 gpus = tuple(sorted(self._dice.sample(alive, degree)))
                 start_s = max(start_s, snapshot.now_s, *(free_at[gpu] for gpu in gpus))
                 end_s = start_s + phase.steps * phase.step_s[degree]
-                entries.append(Entry(job.id, phase.kind, gpus, phase.steps, start_s, end_s))
+                entries.append(Entry((job.id,), phase.kind, gpus, phase.steps, start_s, end_s))
                 for gpu in gpus:
                     free_at[gpu] = end_s
                 start_s = end_s
@@ -181,7 +181,7 @@ def test_everything_accepted_is_run_once_and_in_order(
         denoise = [a for a in ranges if a.kind == "denoise"]
         expected = 0
         for assignment in denoise:
-            assert assignment.first_step == expected
+            assert assignment.first_steps == (expected,)
             expected += assignment.steps
         assert expected == wanted[request_id]
         assert sum(a.kind == "encode" for a in ranges) == sum(a.kind == "decode" for a in ranges) == 1
@@ -199,7 +199,7 @@ class Alone:
         for job in snapshot.jobs:
             for phase in job.phases:
                 end = t + phase.steps * phase.step_s[1]
-                entries.append(Entry(job.id, phase.kind, (0,), phase.steps, t, end))
+                entries.append(Entry((job.id,), phase.kind, (0,), phase.steps, t, end))
                 t = end
         return Packing(tuple(entries))
 
@@ -213,7 +213,7 @@ def test_ranges_are_cut_to_whole_steps_that_reach_the_boundary() -> None:
     assert scheduler.plan(1.0).assignments == ()  # the step in flight is never cut
     assert not scheduler.finished(first.seq, 1.2)
     (second,) = scheduler.plan(1.2).assignments
-    assert (second.first_step, second.steps, second.after) == (3, 2, (first.seq,))
+    assert (second.first_steps, second.steps, second.after) == ((3,), 2, (first.seq,))
 
 
 def test_lead_queues_the_next_range_before_the_gpu_is_free() -> None:
@@ -240,7 +240,7 @@ class Pair:
             for phase in job.phases:
                 gpus = (0,) if phase.kind == "encode" else (0, 1)
                 end = t + phase.steps * phase.step_s[len(gpus)]
-                entries.append(Entry(job.id, phase.kind, gpus, phase.steps, t, end))
+                entries.append(Entry((job.id,), phase.kind, gpus, phase.steps, t, end))
                 t = end
         return Packing(tuple(entries))
 
@@ -338,7 +338,7 @@ def test_after_out_of_memory_only_wider_degrees_are_planned(name: str, too_narro
         now_s = max(now_s, ends_first.end_s)
         rounds.finished(ends_first.seq, now_s)
     assert rounds.open_ids == []
-    assert resumed["large"].first_step == first.steps
+    assert resumed["large"].first_steps == (first.steps,)
 
 
 def test_what_no_degree_can_hold_is_said() -> None:
@@ -381,10 +381,10 @@ class Script:
 def test_predicted_finish() -> None:
     """From the packing where that has a request to its end, else when all that is open is done."""
     whole = (
-        Entry("a", "encode", (0,), 1, 0.0, 0.05),
-        Entry("a", "denoise", (0,), 4, 0.05, 1.65),
-        Entry("a", "decode", (0,), 1, 3.0, 3.1),  # it waits for something
-        Entry("b", "encode", (1,), 1, 0.0, 0.05),
+        Entry(("a",), "encode", (0,), 1, 0.0, 0.05),
+        Entry(("a",), "denoise", (0,), 4, 0.05, 1.65),
+        Entry(("a",), "decode", (0,), 1, 3.0, 3.1),  # it waits for something
+        Entry(("b",), "encode", (1,), 1, 0.0, 0.05),
     )
     scheduler = RoundScheduler(Script(*whole, set_aside="b"), 2, round_s=10.0)
     two = tuple(Phase(p.kind, p.steps, {d: s for d, s in p.step_s.items() if d <= 2}) for p in chain(4))

@@ -69,11 +69,11 @@ def faults(
             for phase in request.chain(profile, n_gpus)
         )
         chains[request.id] = Chain(request.arrival_s, phases)
-    entries = [Entry(e.request_ids[0], e.kind, e.gpus, e.steps, e.start_s, e.end_s) for e in done.schedule]
+    entries = [Entry(e.request_ids, e.kind, e.gpus, e.steps, e.start_s, e.end_s) for e in done.schedule]
     whole = {name: chain for name, chain in chains.items() if name in finished}
     part = {name: chain for name, chain in chains.items() if name not in finished}
-    return violations([e for e in entries if e.job_id in whole], whole, n_gpus) + violations(
-        [e for e in entries if e.job_id in part], part, n_gpus, complete=False
+    return violations([e for e in entries if e.job_ids[0] in whole], whole, n_gpus) + violations(
+        [e for e in entries if e.job_ids[0] in part], part, n_gpus, complete=False
     )
 
 
@@ -121,7 +121,7 @@ class Hopper:
         gpu = 1 - job.gpus[0] if job.gpus else 0
         start_s = max(snapshot.now_s, job.ready_s)
         step_s = job.phases[0].step_s[1]
-        return Packing((Entry(job.id, job.phases[0].kind, (gpu,), 1, start_s, start_s + step_s),))
+        return Packing((Entry((job.id,), job.phases[0].kind, (gpu,), 1, start_s, start_s + step_s),))
 
 
 class Refuser(Hopper):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from solver.bound import Known, clairvoyant_bound, hull, independent_groups, windows
-from solver.problem import Phase
+from solver.problem import Phase, Shared
 from tetriserve.profile import Profile
 from tetriserve.simulation.trace import TraceRequest, write_trace
 from tetriserve.simulation.workload import SloRule, Workload, parse_shapes
@@ -53,9 +53,15 @@ def test_phases_share_the_time_of_their_request() -> None:
 
 
 def test_degrees_that_no_mix_needs_are_left_out() -> None:
-    assert hull({1: 1.0, 2: 1.1, 4: 0.9, 8: 0.2}, 8) == {1: 1.0, 8: 0.2}
-    assert hull({1: 1.0, 2: 0.5, 4: 0.4}, 8) == {2: 0.5, 4: 0.4}
-    assert hull({1: 1.0, 2: 0.6, 4: 0.4, 8: 0.3}, 4) == {1: 1.0, 2: 0.6, 4: 0.4}
+    def seconds(step_s: dict[int, float], n_gpus: int) -> dict[int, float]:
+        return {d: s for d, (s, _) in hull(Phase("denoise", 1, step_s), n_gpus).items()}
+
+    assert seconds({1: 1.0, 2: 1.1, 4: 0.9, 8: 0.2}, 8) == {1: 1.0, 8: 0.2}
+    assert seconds({1: 1.0, 2: 0.5, 4: 0.4}, 8) == {2: 0.5, 4: 0.4}
+    assert seconds({1: 1.0, 2: 0.6, 4: 0.4, 8: 0.3}, 4) == {1: 1.0, 2: 0.6, 4: 0.4}
+    shared = {1: Shared(1.0, 0.0, 0.3), 2: Shared(0.6, 0.0, 0.2)}
+    phase = Phase("denoise", 1, {1: 1.0, 2: 0.6}, company="all", shared=shared)
+    assert hull(phase, 8) == {1: (1.0, 0.3), 2: (0.6, 0.4)}
 
 
 def test_groups_are_split_where_nobody_is_open() -> None:

@@ -27,7 +27,7 @@ def on_time(packing: Packing, jobs: list[Job]) -> set[str]:
     done: dict[str, int] = {}
     for entry in packing.entries:
         if entry.end_s <= DUE_S + 1e-6:
-            done[entry.job_id] = done.get(entry.job_id, 0) + entry.steps
+            done[entry.job_ids[0]] = done.get(entry.job_ids[0], 0) + entry.steps
     return {one.id for one in jobs if done.get(one.id) == one.phases[0].steps}
 
 

@@ -77,7 +77,7 @@ def promised_violations(snapshot: Snapshot, packing: Packing) -> list[str]:
     """What is wrong with a packing that must end for all who are to be on time, and by when it must."""
     wrong = packing_violations(snapshot, packing.entries, complete=False)
     for one in snapshot.jobs:
-        own = [entry for entry in packing.entries if entry.job_id == one.id]
+        own = [entry for entry in packing.entries if entry.job_ids[0] == one.id]
         if one.deadline_s == math.inf or one.is_late(snapshot.now_s) or one.id in packing.set_aside:
             continue
         if sum(entry.steps for entry in own) != sum(phase.steps for phase in one.phases):
@@ -174,7 +174,7 @@ def overloaded() -> Snapshot:
 
 
 def finishes(packing: Packing) -> dict[str, float]:
-    return {entry.job_id: entry.end_s for entry in packing.entries}
+    return {entry.job_ids[0]: entry.end_s for entry in packing.entries}
 
 
 def test_ilp_sets_one_aside_and_keeps_it_aside() -> None:
@@ -230,7 +230,7 @@ def test_starving_request_goes_first() -> None:
         starving = job("starving", 5, LARGE, deadline_s)
         for name in ("ilp", "dp"):
             packing = make_policy(name)(Snapshot(now_s, 0.125, (now_s,) * 8, (*busy, starving)))
-            assert "starving" in {e.job_id for e in packing.entries if e.start_s == now_s}
+            assert "starving" in {e.job_ids[0] for e in packing.entries if e.start_s == now_s}
 
 
 def test_requests_without_deadline_get_gpus_before_others_are_widened() -> None:
@@ -241,7 +241,7 @@ def test_requests_without_deadline_get_gpus_before_others_are_widened() -> None:
     )
     for name in ("ilp", "edf"):
         packing = make_policy(name)(Snapshot(0.0, 0.125, (0.0,) * 4, jobs))
-        assert {entry.job_id for entry in packing.entries if entry.start_s == 0.0} == {
+        assert {entry.job_ids[0] for entry in packing.entries if entry.start_s == 0.0} == {
             "timed",
             "free0",
             "free1",
@@ -343,26 +343,26 @@ def test_rssp_reproduces_the_degrees_of_the_paper() -> None:
 def test_fixed_degree_is_first_come_first_served_and_runs_to_completion() -> None:
     first, second = job("first", 10, MEDIUM, 99.0), job("second", 10, MEDIUM, 1.0, arrival_s=0.1)
     packing = make_policy("sp8")(Snapshot(0.1, 0.1, (0.1,) * 8, (second, first)))
-    assert [entry.job_id for entry in packing.entries] == ["first", "second"]
+    assert [entry.job_ids[0] for entry in packing.entries] == ["first", "second"]
     assert packing.entries[0].steps == 10
     started = job("second", 4, MEDIUM, 1.0, arrival_s=0.1, gpus=(0, 1))
     packing = make_policy("sp2")(Snapshot(0.2, 0.1, (0.2, 0.2, 9.0, 9.0), (first, started)))
-    assert packing.entries[0] == Entry("second", "denoise", (0, 1), 4, 0.2, 0.2 + 4 * MEDIUM[2])
+    assert packing.entries[0] == Entry(("second",), "denoise", (0, 1), 4, 0.2, 0.2 + 4 * MEDIUM[2])
 
 
 def test_fixed_degree_falls_back_to_what_the_shape_allows() -> None:
     snapshot = Snapshot(
         0.0, 0.1, (0.0,) * 8, (job("a", 2, {1: 0.2, 2: 0.15}, 9.0), job("b", 2, {4: 0.2}, 9.0))
     )
-    degrees = {e.job_id: e.degree for e in make_policy("sp8")(snapshot).entries}
+    degrees = {e.job_ids[0]: e.degree for e in make_policy("sp8")(snapshot).entries}
     assert degrees == {"a": 2, "b": 4}
-    assert {e.job_id: e.degree for e in make_policy("sp1")(snapshot).entries} == {"a": 1, "b": 4}
+    assert {e.job_ids[0]: e.degree for e in make_policy("sp1")(snapshot).entries} == {"a": 1, "b": 4}
 
 
 def test_edf_serves_the_earliest_deadline_first() -> None:
     jobs = (job("later", 5, {1: 0.2}, 9.0), job("sooner", 5, {1: 0.2}, 2.0))
     packing = make_policy("edf")(Snapshot(0.0, 0.1, (0.0,), jobs))
-    assert packing.entries[0].job_id == "sooner"
+    assert packing.entries[0].job_ids[0] == "sooner"
     assert finishes(packing)["sooner"] == pytest.approx(1.0)
 
 

@@ -23,8 +23,8 @@ def on_time(snapshot: Snapshot, packing: Packing) -> set[str]:
     """Who is planned to its end by its deadline."""
     ends: dict[str, list[float]] = {}
     for entry in packing.entries:
-        ends.setdefault(entry.job_id, []).append(entry.end_s)
-    steps = {one.id: sum(e.steps for e in packing.entries if e.job_id == one.id) for one in snapshot.jobs}
+        ends.setdefault(entry.job_ids[0], []).append(entry.end_s)
+    steps = {one.id: sum(e.steps for e in packing.entries if e.job_ids[0] == one.id) for one in snapshot.jobs}
     return {
         one.id
         for one in snapshot.jobs
@@ -58,7 +58,7 @@ def test_riders_make_nobody_late(snapshot: Snapshot, extra_s: list[float]) -> No
 
 
 def first_start_s(packing: Packing, job_id: str) -> float:
-    return min((entry.start_s for entry in packing.entries if entry.job_id == job_id), default=math.inf)
+    return min((entry.start_s for entry in packing.entries if entry.job_ids[0] == job_id), default=math.inf)
 
 
 def test_who_needs_a_decode_only_goes_first() -> None:
@@ -122,11 +122,11 @@ def test_no_range_is_longer_than_newcomers_can_wait(snapshot: Snapshot, slack_s:
     steps_s = {(one.id, p.kind): p.step_s for one in snapshot.jobs for p in one.phases}
     for entry in held.entries:
         if entry.start_s <= snapshot.now_s:
-            longest_s = max(slack_s, steps_s[entry.job_id, entry.kind][entry.degree])
+            longest_s = max(slack_s, steps_s[entry.job_ids[0], entry.kind][entry.degree])
             assert entry.end_s - entry.start_s <= longest_s + 1e-6
             # a longer step than that only where no degree has a shorter one
             if longest_s > slack_s:
-                assert min(steps_s[entry.job_id, entry.kind].values()) > slack_s
+                assert min(steps_s[entry.job_ids[0], entry.kind].values()) > slack_s
 
 
 def test_a_promise_counts_more_than_any_number_without_one() -> None:

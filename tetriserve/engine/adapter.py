@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tetriserve.engine.attention import Kinds
+from tetriserve.engine.company import Call, Flat, Predicting, Streams
 from tetriserve.engine.groups import SPGroup
 from tetriserve.engine.kernels import Kernel
 from tetriserve.engine.sequence import SequenceParallel, ShardPlan
@@ -133,6 +134,10 @@ class ModelAdapter(ABC):
     attention_kinds: ClassVar[Kinds] = ()
     in_float32: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that are so in every dtype."""
+    batched: Streams = ()
+    """Arguments of the transformer with a row a picture, if pictures of one shape may share the batch axis."""
+    flat: Flat | None = None
+    """How pictures of several shapes become one sequence, where they can."""
 
     def __init__(self, pipeline: Any, limits: ModelLimits, kernel: Kernel) -> None:
         self.pipeline = pipeline
@@ -141,9 +146,17 @@ class ModelAdapter(ABC):
         self.device = pipeline.transformer.device
         if getattr(pipeline.scheduler.config, "stochastic_sampling", False):
             raise ConfigError("model: stochastic_sampling is not supported, seeds could not be honoured")
-        self.info = self._info(limits)
+        info = self._info(limits)
+        self.info = replace(info, batches="mixed" if self.flat else "same shape" if self.batched else "")
         self._parallel = [
-            SequenceParallel(transformer.eval(), self.shard_plan(transformer), kernel, self.attention_kinds)
+            SequenceParallel(
+                transformer.eval(),
+                self.shard_plan(transformer),
+                kernel,
+                self.attention_kinds,
+                self.batched,
+                self.flat,
+            )
             for transformer in self.transformers()
         ]
 
@@ -205,9 +218,34 @@ class ModelAdapter(ABC):
         """
         raise NotImplementedError(f"{self.family} models take no pictures")
 
-    @abstractmethod
-    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
-        """The transformer's prediction for the whole latents, guidance applied; runs on the current group."""
+    def predicting(self, state: RequestState, timestep: torch.Tensor) -> Predicting:
+        """The transformer's prediction for the whole latents, guidance applied: yields the calls that it takes."""
+        yield from ()
+        return self.predict_alone(state, timestep)
+
+    def predict_alone(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
+        """The same, of a family whose calls are not made together with others; one of the two is the family's."""
+        raise NotImplementedError
+
+    def predict(self, states: Sequence[RequestState]) -> list[torch.Tensor]:
+        """What is predicted for the next step of each state, on the current group: in as few forwards as their shapes
+        allow."""
+        runs = [self.predicting(state, state.sampler.timesteps[state.step]) for state in states]
+        predicted: dict[int, torch.Tensor] = {}
+        made: dict[int, Any] = dict.fromkeys(range(len(runs)))
+        while made:
+            wanted: dict[int, Call] = {}
+            for i, output in made.items():
+                try:
+                    wanted[i] = runs[i].send(output)
+                except StopIteration as end:
+                    predicted[i] = end.value
+            made = {}
+            for parallel, transformer in zip(self._parallel, self.transformers(), strict=True):
+                here = [i for i, call in wanted.items() if call.transformer is transformer]
+                if here:
+                    made.update(zip(here, parallel.make([wanted[i] for i in here]), strict=True))
+        return [predicted[i] for i in range(len(states))]
 
     def spatial(self, request: GenerateRequest, latents: torch.Tensor) -> torch.Tensor:
         """The latents of a picture, or the first ones of a clip, as the VAE sees them: [1, channels, height / 8,
@@ -244,10 +282,17 @@ class ModelAdapter(ABC):
 
         Returns what was predicted for it: the velocity of the flow at the latents before the step.
         """
-        noise = self.predict_noise(state, state.sampler.timesteps[state.step])
-        if state.request.reuse_every > 1:
-            state.velocities = (*state.velocities[-1:], (state.step, noise))
-        return self._advance(state, noise)
+        (noise,) = self.step_together([state])
+        return noise
+
+    def step_together(self, states: Sequence[RequestState]) -> list[torch.Tensor]:
+        """The same for several requests, each at its own step; they wear the same LoRA."""
+        predicted = self.predict(states)
+        for state, noise in zip(states, predicted, strict=True):
+            if state.request.reuse_every > 1:
+                state.velocities = (*state.velocities[-1:], (state.step, noise))
+            self._advance(state, noise)
+        return predicted
 
     def coast(self, state: RequestState) -> torch.Tensor:
         """A step that is not computed: the velocity goes on as it did between the last two that were."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,38 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A request's part in a denoising range.
+
+    Attributes:
+        first_step: of its own; with reuse of those that are computed.
+        conditioning, latents: needed only where a GPU does not hold them already.
+    """
+
+    request_id: str
+    first_step: int
+    conditioning: Conditioning | None = None
+    latents: Latents | None = None
+
+
+@dataclass
+class _Going:
+    """A share on its way.
+
+    Attributes:
+        ends: where its state is behind each step of the range.
+        total: steps of all of it.
+        before, velocity: its latents before its last step, and what was predicted there.
+    """
+
+    state: RequestState
+    ends: tuple[int, ...]
+    total: int
+    before: torch.Tensor
+    velocity: torch.Tensor
 
 
 class Engine:
@@ -96,41 +129,69 @@ class Engine:
         latents: Latents | None = None,
         seq: int = 0,
     ) -> Report:
-        """Run `steps` steps from `first_step` over `gpus`, as range `seq`; the state stays here, on every member.
+        """`denoise_together` of one request. Raises FloatingPointError when its latents are no numbers any more."""
+        report = self.denoise_together(
+            [Share(request_id, first_step, conditioning, latents)], gpus, steps, seq
+        )
+        if report.failures[0]:
+            raise FloatingPointError(report.failures[0])
+        return report
+
+    @torch.inference_mode()
+    def denoise_together(
+        self, shares: Sequence[Share], gpus: tuple[int, ...], steps: int, seq: int = 0
+    ) -> Report:
+        """Run `steps` steps of each request over `gpus`, as range `seq`; the states stay here, on every member.
 
         With reuse steps are those that are computed; the extrapolated ones behind each are part of it.
-        The first of `gpus` reports a preview when the request asks for some and the range passed a mark.
-        `conditioning` and `latents` are needed only where this GPU does not hold them already.
-        Raises RuntimeError when the state at hand is not at `first_step`, FloatingPointError when the latents
-        are no numbers any more, and whatever a step raises.
+        The first of `gpus` reports a preview of each that asks for some and passed a mark. Whose latents are no
+        numbers any more has failed; the others are as they would be without it.
+        Raises RuntimeError when a state at hand is not at its first step, and whatever a step raises.
         """
         started_s = self._start()
         group = self.groups.group(gpus, seq)
-        state = self._state(request_id, conditioning, latents)
-        info, adapter = self.adapter.info, self.adapter
-        bounds = (*info.computed_steps(state.request), info.steps_of(state.request))
-        if state.step != bounds[first_step]:
-            raise RuntimeError(
-                f"request {request_id} is at step {state.step} on GPU {self.groups.gpu}, "
-                f"expected {bounds[first_step]}"
-            )
-        adapter.wear(state.request)
+        adapter = self.adapter
+        going = [self._going(share, steps) for share in shares]
+        states = [one.state for one in going]
+        adapter.wear(states[0].request)
         switched_s = time.time()
         with adapter.over(group):
-            for end in bounds[first_step + 1 : first_step + steps + 1]:
-                before, velocity = state.latents, adapter.step(state)
-                while state.step < end:
-                    before, velocity = state.latents, adapter.coast(state)
-        # every member holds the same latents, so all of them stop here and none waits for another
-        if not torch.isfinite(state.latents).all():
-            raise FloatingPointError(
-                f"latents are not finite after step {state.step} of request {request_id}"
+            for step in range(steps):
+                for one in going:
+                    one.before = one.state.latents
+                for one, velocity in zip(going, adapter.step_together(states), strict=True):
+                    one.velocity = velocity
+                    while one.state.step < one.ends[step]:
+                        one.before = one.state.latents
+                        one.velocity = adapter.coast(one.state)
+        # every GPU holds the same latents, so all of them find the same
+        failures = tuple(
+            ""
+            if torch.isfinite(state.latents).all()
+            else f"latents are not finite after step {state.step} of request {share.request_id}"
+            for share, state in zip(shares, states, strict=True)
+        )
+        report = replace(self._report(started_s, switched_s), failures=failures)
+        previews: list[np.ndarray | None] = [None] * len(shares)
+        for i, (share, one) in enumerate(zip(shares, going, strict=True)):
+            request, first = one.state.request, share.first_step
+            passed = marks_passed(request.previews, one.total, first, first + steps)
+            if passed and gpus[0] == self.groups.gpu and not failures[i]:
+                previews[i] = self._preview(one.state, one.before, one.velocity)
+        return replace(report, previews=tuple(previews))
+
+    def _going(self, share: Share, steps: int) -> _Going:
+        state, info = self._state(share.request_id, share.conditioning, share.latents), self.adapter.info
+        bounds = (*info.computed_steps(state.request), info.steps_of(state.request))
+        first = share.first_step
+        if state.step != bounds[first]:
+            raise RuntimeError(
+                f"request {share.request_id} is at step {state.step} on GPU {self.groups.gpu}, "
+                f"expected {bounds[first]}"
             )
-        report = self._report(started_s, switched_s)
-        passed = marks_passed(state.request.previews, len(bounds) - 1, first_step, first_step + steps)
-        if gpus[0] != self.groups.gpu or not passed:
-            return report
-        return replace(report, preview=self._preview(state, before, velocity))
+        return _Going(
+            state, bounds[first + 1 : first + steps + 1], len(bounds) - 1, state.latents, state.latents
+        )
 
     @torch.inference_mode()
     def decode(
@@ -155,15 +216,16 @@ class Engine:
         self._states.pop(request_id, None)
         self._conditioning.pop(request_id, None)
 
-    def abandon(self, request_id: str, gpus: tuple[int, ...], seq: int) -> None:
-        """Range `seq` over `gpus` failed here: leave their group, forget the request, give its memory back.
+    def abandon(self, request_ids: Iterable[str], gpus: tuple[int, ...], seq: int) -> None:
+        """Range `seq` over `gpus` failed here: leave their group, forget its requests, give their memory back.
 
         The other members, who may wait for this one, then fail too and do the same. Raises what the device raises
         when it can do nothing more in this process, as CUDA cannot after an illegal access: whether an error was of
         that kind its text does not say.
         """
         self.groups.leave(gpus, seq)
-        self.release(request_id)
+        for request_id in request_ids:
+            self.release(request_id)
         device = self.adapter.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -177,14 +239,25 @@ class Engine:
 
     @torch.inference_mode()
     def measure(
-        self, request_id: str, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int
+        self,
+        request_id: str,
+        shape: Shape,
+        gpus: tuple[int, ...],
+        seq: int,
+        warmup: int,
+        repeats: int,
+        batch: int = 1,
     ) -> dict[str, float]:
-        """Median seconds by kind of phase: of one step over `gpus`, and for one GPU of the other phases.
+        """Median seconds by kind of phase: of one step over `gpus`, and for one GPU of the other phases; with `batch`
+        above 1 only of a step of so many requests.
 
         All members call it together, as range `seq`; the request is made up and released again. `abandon` it when
         this raises.
         """
-        alone, request = len(gpus) == 1, _made_up(shape, warmup + repeats)
+        request = _made_up(shape, warmup + repeats)
+        if batch > 1:
+            return self._measure_together(request_id, request, gpus, seq, warmup, batch)
+        alone = len(gpus) == 1
         edit = request
         if self.adapter.info.editing.max_images and shape.frames == 1:
             grey = np.full((shape.height, shape.width, 3), 127, np.uint8)
@@ -209,6 +282,21 @@ class Engine:
             kind: statistics.median(times[warmup if kind == "denoise" else 1 :])
             for kind, times in seconds.items()
         }
+
+    def _measure_together(
+        self, name: str, request: GenerateRequest, gpus: tuple[int, ...], seq: int, warmup: int, batch: int
+    ) -> dict[str, float]:
+        names = [f"{name}-{i}" for i in range(batch)]
+        for one in names:
+            self.encode(one, request)
+        assert request.num_inference_steps is not None
+        times = []
+        for step in range(request.num_inference_steps):
+            report = self.denoise_together([Share(one, step) for one in names], gpus, 1, seq)
+            times.append(report.ended_s - report.started_s)
+        for one in names:
+            self.release(one)
+        return {"denoise": statistics.median(times[warmup:])}
 
     def _preview(self, state: RequestState, before: torch.Tensor, velocity: torch.Tensor) -> np.ndarray:
         """What the picture comes to if the flow goes on straight from the last step."""

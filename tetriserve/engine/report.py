@@ -21,8 +21,9 @@ class Report:
     Attributes:
         switch_s: from the start to the first step: installing handed-over state and choosing the group.
         peak_memory_bytes: of the device since the last report, 0 on CPU.
-        preview: uint8 [height / 8, width / 8, 3] of the request's picture, from the leader of a range that passed a
-            mark; made after `ended_s`.
+        previews: by request of the range, uint8 [height / 8, width / 8, 3] of its picture, from the leader where it
+            passed a mark; made after `ended_s`.
+        failures: by request, why it cannot go on though the others can; "" where it can.
         truncated: of encode: fields of the request whose ends no text encoder saw.
     """
 
@@ -30,7 +31,8 @@ class Report:
     ended_s: float
     switch_s: float
     peak_memory_bytes: int
-    preview: np.ndarray | None = None
+    previews: tuple[np.ndarray | None, ...] = (None,)
+    failures: tuple[str, ...] = ("",)
     truncated: tuple[str, ...] = ()
 
 

@@ -12,7 +12,6 @@ One mechanism for every family: what a family adds is a plan of a few lines, oft
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,18 @@ import torch
 from diffusers.models._modeling_parallel import ContextParallelOutput
 
 from tetriserve.engine.attention import Kind, Kinds, install
+from tetriserve.engine.company import (
+    Call,
+    Flat,
+    Members,
+    Modulation,
+    Streams,
+    apart,
+    flat_arguments,
+    modules,
+    on_the_batch_axis,
+    rows_apart,
+)
 from tetriserve.engine.groups import SPGroup
 from tetriserve.engine.kernels import Kernel, Mask
 
@@ -56,20 +67,33 @@ class SequenceParallel:
         plan: where token axes are split and gathered.
         kernel: attention of one GPU.
         kinds: of attentions that are not to be sharded like the rest.
+        batched: arguments with a row a picture, if pictures of one shape may share the batch axis.
+        flat: how pictures of several shapes become one sequence, where they can.
     """
 
     def __init__(
-        self, transformer: torch.nn.Module, plan: ShardPlan, kernel: Kernel, kinds: Kinds = ()
+        self,
+        transformer: torch.nn.Module,
+        plan: ShardPlan,
+        kernel: Kernel,
+        kinds: Kinds = (),
+        batched: Streams = (),
+        flat: Flat | None = None,
     ) -> None:
         self._kernel = kernel
+        self._batched = batched
+        self._flat = flat
+        self._members: Members | None = None
         self._group: SPGroup | None = None
         self._sharded = False  # between a split and its gather: what runs before and behind sees all tokens
         self._lengths: dict[str, int] = {}
         self._known: dict[tuple[int, int, tuple[int, ...]], dict[int, Rows] | None] = {}
         for pattern, shards in plan.items():
-            for module in _modules(transformer, pattern):
+            for module in modules(transformer, pattern):
                 self._hook(module, shards)
         install(transformer, self, kinds)
+        if flat is not None:
+            self._follow_members(transformer, flat)
 
     @contextmanager
     def over(self, group: SPGroup | None) -> Iterator[None]:
@@ -79,6 +103,79 @@ class SequenceParallel:
             yield
         finally:
             self._group, self._sharded = None, False
+
+    # ---- several at a time --------------------------------------------------------------------------------
+
+    def make(self, calls: Sequence[Call]) -> list[torch.Tensor]:
+        """What each call makes, in one forward if their shapes allow it, over the group of the moment."""
+        if len(calls) == 1:
+            return [calls[0].make()]
+        transformer = calls[0].transformer
+        arguments = on_the_batch_axis(calls, self._batched)
+        if arguments is not None:
+            sizes = [len(call.arguments["hidden_states"]) for call in calls]
+            return list(Call(transformer, arguments).make().split(sizes))
+        if self._flat is None:
+            return [call.make() for call in calls]
+        rows = [rows_apart(call, self._flat) for call in calls]
+        ones = [one for call in rows for one in call]
+        arguments, lengths = flat_arguments(self._flat, ones)
+        images = [one.arguments[self._flat.image] for one in ones]
+        sides = [tuple(image.shape[-2:]) for image in images]
+        self._members = Members(self._flat, lengths, sides, self._group, images[0].device)
+        try:
+            made = iter(apart(self._flat, ones, Call(transformer, arguments).make()))
+        finally:
+            self._members = None
+        return [torch.cat([next(made) for _ in call]) for call in rows]
+
+    def _follow_members(self, transformer: torch.nn.Module, flat: Flat) -> None:
+        """What knows pictures gets to know of several."""
+        for pattern, streams in flat.modulated:
+            for module in modules(transformer, pattern):
+                module.register_forward_hook(self._modulation_hook(streams))
+        for name, function in flat.instead.items():
+            owner, _, method = name.rpartition(".")
+            module = transformer.get_submodule(owner)
+            setattr(module, method, self._instead(getattr(module, method), function))
+
+    def _modulation_hook(self, streams: Streams) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            if self._members is None:
+                return output
+            return Modulation.of(output, self._members.owners(streams, self._here))
+
+        return hook
+
+    def _instead(self, method: Any, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._members is None:
+                return method(*args, **kwargs)
+            return function(method, self._members, *args, **kwargs)
+
+        return call
+
+    @property
+    def _here(self) -> str:
+        """Which tokens a block sees."""
+        return "own" if self._group is not None and self._sharded else "whole"
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Mask,
+        scale: float | None,
+        gqa: bool,
+        *,
+        streams: Streams,
+        where: tuple[str, str],
+    ) -> torch.Tensor:
+        """The kernel, for each member by itself; `streams` and `where` as for `Members.attend`."""
+        if self._members is None:
+            return self._kernel(query, key, value, mask, scale, gqa)
+        return self._members.attend(self._kernel, query, key, value, scale, gqa, streams, where)
 
     # ---- attention ----------------------------------------------------------------------------------------
 
@@ -94,15 +191,19 @@ class SequenceParallel:
     ) -> torch.Tensor:
         """Attention of this rank's queries over all tokens of the group; arguments as for `Kernel`, of own tokens."""
         group = self._group
+        members = self._members
+        streams = () if members is None else members.streams_of(query.shape[1], self._here)
         if group is None or kind == "local" or not self._sharded:
-            return self._kernel(query, key, value, mask, scale, gqa)
+            where = ("whole", "whole")
+            return self._attend(query, key, value, mask, scale, gqa, streams=streams, where=where)
         key_rows = self._rows(group, key.shape[1], key.device)
         by_heads = kind == "shard" and not (query.shape[2] % group.degree or key.shape[2] % group.degree)
         if mask is not None:
             mask = self._of_all_keys(group, mask, key_rows, by_heads)
         if not by_heads:
             key, value = _gather(group, torch.stack((key, value)), 2, key_rows)
-            return self._kernel(query, key, value, mask, scale, gqa)
+            where = ("own", "exchanged")
+            return self._attend(query, key, value, mask, scale, gqa, streams=streams, where=where)
         if mask is not None and mask.shape[1] > 1:
             mask = mask.chunk(group.degree, 1)[group.rank]
         query_rows = self._rows(group, query.shape[1], query.device)
@@ -111,7 +212,9 @@ class SequenceParallel:
         else:
             (query,) = _to_heads(group, (query,), query_rows)
             key, value = _to_heads(group, (key, value), key_rows)
-        return _to_tokens(group, self._kernel(query, key, value, mask, scale, gqa), query_rows)
+        where = ("exchanged", "exchanged")
+        attended = self._attend(query, key, value, mask, scale, gqa, streams=streams, where=where)
+        return _to_tokens(group, attended, query_rows)
 
     def _of_all_keys(self, group: SPGroup, mask: torch.Tensor, rows: Rows, all_queries: bool) -> torch.Tensor:
         """A mask [..., queries or 1, own keys] as one of all keys, in the order in which these are exchanged."""
@@ -230,13 +333,6 @@ class SequenceParallel:
         parts = zip(x.split(lengths, shard.split_dim), lengths, strict=True)
         own = [part.split(group.rows(n), shard.split_dim)[group.rank] for part, n in parts]
         return torch.cat(own, shard.split_dim)
-
-
-def _modules(transformer: torch.nn.Module, pattern: str) -> list[torch.nn.Module]:
-    if "*" not in pattern:
-        return [transformer.get_submodule(pattern)]
-    wanted = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
-    return [module for name, module in transformer.named_modules() if wanted.fullmatch(name)]
 
 
 def _told_apart(group: SPGroup, lengths: Sequence[int]) -> dict[int, Rows] | None:

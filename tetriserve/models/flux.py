@@ -11,6 +11,7 @@ from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
+from tetriserve.engine.company import Call, Flat, Predicting
 from tetriserve.images import Editing
 from tetriserve.model_info import ModelInfo
 from tetriserve.models.flow import image_to_image, set_timesteps, shift
@@ -22,6 +23,18 @@ class FluxAdapter(ModelAdapter):
     family = "flux"
     dtypes = ("float32", "bfloat16")  # activations of its late blocks leave float16's range: black pictures
     editing = Editing(max_images=1, default_strength=0.6)
+    batched = ("hidden_states", "timestep", "guidance", "pooled_projections", "encoder_hidden_states")
+    flat = Flat(
+        tokens={"hidden_states": 1, "encoder_hidden_states": 1, "txt_ids": 0, "img_ids": 0},
+        rows=("timestep", "guidance", "pooled_projections"),
+        modulated=(
+            ("transformer_blocks.*.norm1.linear", ("hidden_states",)),
+            ("transformer_blocks.*.norm1_context.linear", ("encoder_hidden_states",)),
+            ("single_transformer_blocks.*.norm.linear", ("encoder_hidden_states", "hidden_states")),
+            ("norm_out.linear", ("hidden_states",)),
+        ),
+        joint=("encoder_hidden_states", "hidden_states"),
+    )
     no_picture: ClassVar[tuple[None, ...]] = ()
     """What its pipeline prepares latents from where there is none."""
 
@@ -89,11 +102,11 @@ class FluxAdapter(ModelAdapter):
         set_timesteps(sampler, request.num_inference_steps, mu, self.device)
         return sampler
 
-    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
-        noise = self._forward(state, timestep, "")
+    def predicting(self, state: RequestState, timestep: torch.Tensor) -> Predicting:
+        noise = yield from self._forward(state, timestep, "")
         if self.info.guided(state.request):
             assert state.request.true_cfg_scale is not None
-            negative = self._forward(state, timestep, "negative_")
+            negative = yield from self._forward(state, timestep, "negative_")
             noise = negative + state.request.true_cfg_scale * (noise - negative)
         return noise
 
@@ -101,7 +114,7 @@ class FluxAdapter(ModelAdapter):
         pipeline = self.pipeline
         return pipeline._unpack_latents(latents, request.height, request.width, pipeline.vae_scale_factor)
 
-    def _forward(self, state: RequestState, timestep: torch.Tensor, prefix: str) -> torch.Tensor:
+    def _forward(self, state: RequestState, timestep: torch.Tensor, prefix: str) -> Predicting:
         request, latents, conditioning = state.request, state.latents, state.conditioning
         embeds = conditioning[f"{prefix}embeds"]
         ids = self._image_ids(request.height, request.width, latents.dtype)
@@ -109,16 +122,16 @@ class FluxAdapter(ModelAdapter):
         assert request.guidance_scale is not None
         if self._distilled:
             guidance = torch.full([1], request.guidance_scale, device=self.device, dtype=torch.float32)
-        noise = self.pipeline.transformer(
-            hidden_states=beside(latents, conditioning, "references"),
-            timestep=timestep.expand(1).to(latents.dtype) / 1000,
-            guidance=guidance,
-            pooled_projections=conditioning[f"{prefix}pooled"],
-            encoder_hidden_states=embeds,
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=self.device, dtype=latents.dtype),
-            img_ids=beside(ids, conditioning, "reference_ids", dim=0),
-            return_dict=False,
-        )[0]
+        arguments = {
+            "hidden_states": beside(latents, conditioning, "references"),
+            "timestep": timestep.expand(1).to(latents.dtype) / 1000,
+            "guidance": guidance,
+            "pooled_projections": conditioning[f"{prefix}pooled"],
+            "encoder_hidden_states": embeds,
+            "txt_ids": torch.zeros(embeds.shape[1], 3, device=self.device, dtype=latents.dtype),
+            "img_ids": beside(ids, conditioning, "reference_ids", dim=0),
+        }
+        noise = yield Call(self.pipeline.transformer, arguments)
         return noise[:, : latents.shape[1]]
 
     def _make_image_ids(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
+from tetriserve.engine.company import Call, Predicting
 from tetriserve.images import Editing
 from tetriserve.model_info import ModelInfo
 from tetriserve.models.flow import set_timesteps
@@ -23,6 +24,7 @@ class Flux2Adapter(ModelAdapter):
     """What all of them share."""
 
     dtypes = ("float32", "bfloat16")
+    batched = ("hidden_states", "timestep", "guidance", "encoder_hidden_states")
 
     def _info_of(self, limits: ModelLimits, **of_model: Any) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
@@ -81,11 +83,11 @@ class Flux2Adapter(ModelAdapter):
         state.conditioning |= {"references": references, "reference_ids": ids}
         return state
 
-    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
-        noise = self._forward(state, timestep, "embeds")
+    def predicting(self, state: RequestState, timestep: torch.Tensor) -> Predicting:
+        noise = yield from self._forward(state, timestep, "embeds")
         if self.info.guided(state.request):
             assert state.request.guidance_scale is not None
-            negative = self._forward(state, timestep, "negative_embeds")
+            negative = yield from self._forward(state, timestep, "negative_embeds")
             noise = negative + state.request.guidance_scale * (noise - negative)
         return noise
 
@@ -103,19 +105,20 @@ class Flux2Adapter(ModelAdapter):
         vae = self.pipeline.vae
         return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
-    def _forward(self, state: RequestState, timestep: torch.Tensor, text: str) -> torch.Tensor:
+    def _forward(self, state: RequestState, timestep: torch.Tensor, text: str) -> Predicting:
         request, latents, conditioning = state.request, state.latents, state.conditioning
         token, embeds = self.info.token_pixels, conditioning[text]
         ids = self._image_ids(request.height // token, request.width // token)
-        noise = self.pipeline.transformer(
-            hidden_states=beside(latents, conditioning, "references").to(self.pipeline.transformer.dtype),
-            timestep=timestep.expand(1).to(latents.dtype) / 1000,
-            guidance=self._guidance(request),
-            encoder_hidden_states=embeds,
-            txt_ids=self.pipeline._prepare_text_ids(embeds).to(self.device),
-            img_ids=beside(ids, conditioning, "reference_ids"),
-            return_dict=False,
-        )[0]
+        transformer = self.pipeline.transformer
+        arguments = {
+            "hidden_states": beside(latents, conditioning, "references").to(transformer.dtype),
+            "timestep": timestep.expand(1).to(latents.dtype) / 1000,
+            "guidance": self._guidance(request),
+            "encoder_hidden_states": embeds,
+            "txt_ids": self.pipeline._prepare_text_ids(embeds).to(self.device),
+            "img_ids": beside(ids, conditioning, "reference_ids"),
+        }
+        noise = yield Call(transformer, arguments)
         return noise[:, : latents.shape[1]]
 
     def _guidance(self, request: GenerateRequest) -> torch.Tensor | None:

@@ -66,7 +66,7 @@ class ModularAdapter(ModelAdapter):
         latents: Any = state.get("latents")
         return RequestState(request, kept, latents, sampler)
 
-    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
+    def predict_alone(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         self._modular.scheduler = state.sampler
         self._modular.guider = self._guider(self._scale(state.request))
         values = self._state(state.request, state.conditioning)

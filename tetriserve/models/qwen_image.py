@@ -14,11 +14,24 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
 from PIL import Image
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, beside, pictures_of
+from tetriserve.engine.company import Call, Flat, Members, Predicting, Streams
 from tetriserve.images import NO_EDITING, Editing
 from tetriserve.model_info import ModelInfo
 from tetriserve.models.flow import set_timesteps, shift
 from tetriserve.models.wan_vae import frames
 from tetriserve.request import GenerateRequest
+
+
+def _positions(
+    forward: Any, members: Members, shapes: Any, *args: Any, max_txt_seq_len: Any = None, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary tables, each picture's as if it were alone."""
+    texts = members.lengths["encoder_hidden_states"]
+    tables = [
+        forward([own], *args, max_txt_seq_len=text, **kwargs) for own, text in zip(shapes, texts, strict=True)
+    ]
+    pictures, words = zip(*tables, strict=True)
+    return torch.cat(pictures), torch.cat(words)
 
 
 class QwenImageAdapter(ModelAdapter):
@@ -28,10 +41,25 @@ class QwenImageAdapter(ModelAdapter):
     family = "qwen-image"
     dtypes = ("float32", "bfloat16")
     editing = NO_EDITING
+    # the shapes: one list a picture; of several sizes only the first would count
+    batched: Streams = ("hidden_states", "timestep", "encoder_hidden_states")
+    flat: Flat | None = Flat(
+        tokens={"hidden_states": 1, "encoder_hidden_states": 1},
+        rows=("timestep", "img_shapes"),
+        modulated=(
+            ("transformer_blocks.*.img_mod", ("hidden_states",)),
+            ("transformer_blocks.*.txt_mod", ("encoder_hidden_states",)),
+            ("norm_out.linear", ("hidden_states",)),
+        ),
+        joint=("encoder_hidden_states", "hidden_states"),
+        instead={"pos_embed.forward": _positions},
+    )
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         self._text_tokens = limits.text_tokens(512, pipeline.tokenizer_max_length, "Qwen-Image")
+        if config.zero_cond_t:  # references have another timestep than the picture
+            self.flat, self.batched = None, ()
         side = 2 * pipeline.vae_scale_factor
         return limits.info(
             family=self.family,
@@ -90,11 +118,11 @@ class QwenImageAdapter(ModelAdapter):
             self.generator(request),
         )
 
-    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
-        noise = self._forward(state, timestep, "embeds")
+    def predicting(self, state: RequestState, timestep: torch.Tensor) -> Predicting:
+        noise = yield from self._forward(state, timestep, "embeds")
         if self.info.guided(state.request):
             assert state.request.true_cfg_scale is not None
-            negative = self._forward(state, timestep, "negative_embeds")
+            negative = yield from self._forward(state, timestep, "negative_embeds")
             guided = negative + state.request.true_cfg_scale * (noise - negative)
             norms = (torch.norm(x, dim=-1, keepdim=True) for x in (noise, guided))
             noise = guided * (next(norms) / next(norms))
@@ -109,19 +137,19 @@ class QwenImageAdapter(ModelAdapter):
         """By a VAE for video, which sees one frame."""
         return frames(self.pipeline.vae, latents.unsqueeze(2))[:, :, 0]
 
-    def _forward(self, state: RequestState, timestep: torch.Tensor, text: str) -> torch.Tensor:
+    def _forward(self, state: RequestState, timestep: torch.Tensor, text: str) -> Predicting:
         request, latents, conditioning = state.request, state.latents, state.conditioning
         token = self.info.token_pixels
         shapes = [(1, request.height // token, request.width // token)]
-        noise = self.pipeline.transformer(
-            hidden_states=beside(latents, conditioning, "references"),
-            timestep=timestep.expand(1).to(latents.dtype) / 1000,
-            guidance=None,
-            encoder_hidden_states=conditioning[text],
-            encoder_hidden_states_mask=None,
-            img_shapes=[[*shapes, *conditioning.get("reference_shapes", ())]],
-            return_dict=False,
-        )[0]
+        arguments = {
+            "hidden_states": beside(latents, conditioning, "references"),
+            "timestep": timestep.expand(1).to(latents.dtype) / 1000,
+            "guidance": None,
+            "encoder_hidden_states": conditioning[text],
+            "encoder_hidden_states_mask": None,
+            "img_shapes": [[*shapes, *conditioning.get("reference_shapes", ())]],
+        }
+        noise = yield Call(self.pipeline.transformer, arguments)
         return noise[:, : latents.shape[1]]
 
 

@@ -10,6 +10,7 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState
+from tetriserve.engine.company import Call, Flat, Members, Predicting
 from tetriserve.engine.sequence import ShardPlan
 from tetriserve.images import Editing
 from tetriserve.model_info import ModelInfo
@@ -19,9 +20,44 @@ from tetriserve.request import GenerateRequest
 CUT_OUTPUT = ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)
 
 
+PATCH = 2
+
+
+def _column(latents: torch.Tensor) -> torch.Tensor:
+    """[1, channels, height, width] as a column of its patches, [1, channels, patches * PATCH, PATCH]."""
+    return latents.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(2, 3).flatten(2, 3)
+
+
+def _picture(column: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The way back, to the sides of `latents`."""
+    height, width = latents.shape[-2:]
+    patches = column.reshape(*column.shape[:2], height // PATCH, width // PATCH, PATCH, PATCH)
+    return patches.transpose(3, 4).reshape(*column.shape[:2], height, width)
+
+
+def _positions(cropped: Any, members: Members, *column: int) -> torch.Tensor:
+    """Of every picture's patches where they are in it."""
+    return torch.cat([cropped(*sides) for sides in members.sides], 1)
+
+
 class SD3Adapter(ModelAdapter):
     pipeline_class = StableDiffusion3Pipeline
     family = "sd3"
+    batched = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections")
+    flat = Flat(
+        tokens={"hidden_states": 2, "encoder_hidden_states": 1},
+        rows=("timestep", "pooled_projections"),
+        modulated=(
+            ("transformer_blocks.*.norm1.linear", ("hidden_states",)),
+            ("transformer_blocks.*.norm1_context.linear", ("encoder_hidden_states",)),
+            ("norm_out.linear", ("hidden_states",)),
+        ),
+        joint=("hidden_states", "encoder_hidden_states"),
+        instead={"pos_embed.cropped_pos_embed": _positions},
+        enter=_column,
+        leave=_picture,
+        token_rows=PATCH,
+    )
 
     def _info(self, limits: ModelLimits) -> ModelInfo:
         pipeline, config = self.pipeline, self.pipeline.transformer.config
@@ -100,17 +136,18 @@ class SD3Adapter(ModelAdapter):
         retrieve_timesteps(sampler, request.num_inference_steps, self.device, **shift_by)
         return sampler
 
-    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
+    def predicting(self, state: RequestState, timestep: torch.Tensor) -> Predicting:
         guided = self.info.guided(state.request)
         latents = torch.cat([state.latents] * 2) if guided else state.latents
-        noise = self.pipeline.transformer(
-            hidden_states=latents,
-            timestep=timestep.expand(latents.shape[0]),
-            encoder_hidden_states=state.conditioning["embeds"],
-            pooled_projections=state.conditioning["pooled"],
-            return_dict=False,
-        )[0]
+        arguments = {
+            "hidden_states": latents,
+            "timestep": timestep.expand(latents.shape[0]),
+            "encoder_hidden_states": state.conditioning["embeds"],
+            "pooled_projections": state.conditioning["pooled"],
+        }
+        noise = yield Call(self.pipeline.transformer, arguments)
         if guided:
+            assert state.request.guidance_scale is not None
             negative, positive = noise.chunk(2)
             noise = negative + state.request.guidance_scale * (positive - negative)
         return noise

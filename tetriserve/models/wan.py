@@ -9,6 +9,7 @@ import torch
 from diffusers import WanPipeline
 
 from tetriserve.engine.adapter import ModelAdapter, ModelLimits, RequestState, picture
+from tetriserve.engine.company import Call, Predicting
 from tetriserve.errors import ConfigError
 from tetriserve.model_info import ModelInfo
 from tetriserve.models.wan_vae import frames
@@ -24,6 +25,7 @@ class WanAdapter(ModelAdapter):
 
     pipeline_class = WanPipeline
     family = "wan"
+    batched = ("hidden_states", "timestep", "encoder_hidden_states")
     dtypes = ("float32", "bfloat16")
     in_float32 = ("vae",)  # as its authors say: in bfloat16 it flickers
 
@@ -87,20 +89,19 @@ class WanAdapter(ModelAdapter):
         sampler.set_begin_index(0)
         return RequestState(request, conditioning, latents, sampler)
 
-    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
+    def predicting(self, state: RequestState, timestep: torch.Tensor) -> Predicting:
         transformer, scale = self._at(state, timestep)
         time = timestep.expand(1)
         if self.pipeline.config.expand_timesteps:
             time = time.float().expand(1, self.info.tokens(state.request.shape))
-        made = [
-            transformer(
-                hidden_states=state.latents.to(transformer.dtype),
-                timestep=time,
-                encoder_hidden_states=text,
-                return_dict=False,
-            )[0]
-            for text in state.conditioning.values()
-        ]
+        made = []
+        for text in state.conditioning.values():
+            arguments = {
+                "hidden_states": state.latents.to(transformer.dtype),
+                "timestep": time,
+                "encoder_hidden_states": text,
+            }
+            made.append((yield Call(transformer, arguments)))
         if len(made) == 1:
             return made[0]
         noise, without = made

@@ -88,7 +88,7 @@ class ZImageAdapter(ModelAdapter):
         set_timesteps(sampler, steps, shift(sampler.config, self.info.tokens(request.shape)), self.device)
         return RequestState(request, conditioning, latents, sampler)
 
-    def predict_noise(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
+    def predict_alone(self, state: RequestState, timestep: torch.Tensor) -> torch.Tensor:
         """Guidance evaluates both prompts in one batch, in which the shorter one is masked."""
         transformer, texts = self.pipeline.transformer, list(state.conditioning.values())
         time = ((1000 - timestep.expand(1)) / 1000).repeat(len(texts))

@@ -17,8 +17,8 @@ class Assignment:
 
     Attributes:
         seq: global plan order; every GPU executes its assignments in increasing `seq`.
-        request_ids: the requests of one step batch (one request until step batching exists).
-        first_step: index of the first denoising step; 0 for encode and decode.
+        request_ids: who shares its steps; one in all but denoising.
+        first_steps: of each, the index of its first denoising step; 0 for encode and decode.
         start_s, end_s: predicted, on the caller's clock.
         after: for each GPU of `gpus`, the `seq` of the assignment before this one there, -1 for none.
         others: how many other requests were open.
@@ -29,7 +29,7 @@ class Assignment:
     request_ids: tuple[str, ...]
     kind: str
     gpus: tuple[int, ...]
-    first_step: int
+    first_steps: tuple[int, ...]
     steps: int
     start_s: float
     end_s: float
@@ -38,11 +38,17 @@ class Assignment:
     component: str = ""
 
     def __str__(self) -> str:
-        return f"range {self.seq}, {self.steps} steps of {self.kind} on GPUs {', '.join(map(str, self.gpus))}"
+        shared = f", shared by {len(self.request_ids)}," if self.is_shared else ""
+        gpus = ", ".join(map(str, self.gpus))
+        return f"range {self.seq}, {self.steps} steps of {self.kind}{shared} on GPUs {gpus}"
 
     @property
     def degree(self) -> int:
         return len(self.gpus)
+
+    @property
+    def is_shared(self) -> bool:
+        return len(self.request_ids) > 1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot, least_work_s
+from solver.problem import Entry, Job, Packing, Phase, Policy, Snapshot, least_work_s, step_together_s
 from tetriserve.scheduler.assignment import EPSILON_S, Assignment, OpenRequest, RoundPlan, fits
 from tetriserve.scheduler.committed import Committed
 from tetriserve.scheduler.load import RecentLoad
@@ -30,6 +30,7 @@ class RoundScheduler:
         min_round_s: floor of the derived length; keeps the per-range overhead of an executor small.
         lead_s: how long before a GPU frees its next work is committed; 0 in simulation. An executor sets it
             to what planning and dispatch take, so that GPUs do not wait for the brain.
+        max_batch: so many requests may share a step; 1: none do.
 
     `committed` is what runs and waits on the GPUs, `predictions` says when what is open will be done.
     """
@@ -42,11 +43,12 @@ class RoundScheduler:
         round_s: float | None = None,
         min_round_s: float = 0.0,
         lead_s: float = 0.0,
+        max_batch: int = 1,
     ) -> None:
         if n_gpus < 1:
             raise ValueError(f"n_gpus must be at least 1, got {n_gpus}")
         self.n_gpus = n_gpus
-        self.turn(policy, round_s=round_s, min_round_s=min_round_s, lead_s=lead_s)
+        self.turn(policy, round_s=round_s, min_round_s=min_round_s, lead_s=lead_s, max_batch=max_batch)
         self._boundary_s = -math.inf
         self._seq = 0
         self._load = RecentLoad()
@@ -54,7 +56,15 @@ class RoundScheduler:
         self.committed = Committed(n_gpus)
         self.predictions = Predictions(self._open, self.committed)
 
-    def turn(self, policy: Policy, *, round_s: float | None, min_round_s: float, lead_s: float) -> None:
+    def turn(
+        self,
+        policy: Policy,
+        *,
+        round_s: float | None,
+        min_round_s: float,
+        lead_s: float,
+        max_batch: int,
+    ) -> None:
         """Go on with these knobs from the next plan on; what is committed stays."""
         if round_s is not None and not 0 < round_s < math.inf:
             raise ValueError(f"round_s must be a positive number of seconds, got {round_s}")
@@ -62,6 +72,7 @@ class RoundScheduler:
         self.lead_s = lead_s
         self._round_s = round_s
         self._min_round_s = min_round_s
+        self.max_batch = max_batch
 
     # ---- events -------------------------------------------------------------------------------------------
 
@@ -151,6 +162,16 @@ class RoundScheduler:
         request.phases = phases
         return True
 
+    def part(self, request_id: str) -> None:
+        """Its denoising steps are shared with nobody any more."""
+        request = self._open.get(request_id)
+        if request is not None:
+            request.phases = tuple(replace(phase, company="") for phase in request.phases)
+
+    def crowded(self, batch: int) -> None:
+        """So many requests in a step were too many for the memory: from now on fewer share one."""
+        self.max_batch = min(self.max_batch, max(1, batch - 1))
+
     def phases_of(self, request_id: str) -> tuple[Phase, ...]:
         """The chain of an open request as it is planned."""
         return self._open[request_id].phases
@@ -222,6 +243,7 @@ class RoundScheduler:
             next_boundary_s=self._boundary_s,
             expected=self._load.expected(now_s),
             newcomer_slack_s=max(self._load.slack_s(now_s), self._min_round_s),
+            max_batch=self.max_batch,
         )
 
     def commit(self, snapshot: Snapshot, packing: Packing, now_s: float) -> RoundPlan:
@@ -240,13 +262,13 @@ class RoundScheduler:
         for entry in sorted(packing.entries, key=lambda e: (e.start_s, e.end_s)):
             if entry.start_s > window_s:
                 break
-            free = blocked_gpus.isdisjoint(entry.gpus) and entry.job_id not in blocked_jobs
+            free = blocked_gpus.isdisjoint(entry.gpus) and blocked_jobs.isdisjoint(entry.job_ids)
             assignment = self._commit_entry(entry, now_s) if free else None
             if assignment is not None:
                 committed.append(assignment)
             if assignment is None or assignment.steps < entry.steps:
                 blocked_gpus.update(entry.gpus)
-                blocked_jobs.add(entry.job_id)
+                blocked_jobs.update(entry.job_ids)
         return RoundPlan(tuple(committed), self._boundary_s)
 
     def plan(self, now_s: float) -> RoundPlan:
@@ -297,40 +319,46 @@ class RoundScheduler:
                 self._open[request_id].ready_s = ready_s
 
     def _commit_entry(self, entry: Entry, now_s: float) -> Assignment | None:
-        request = self._open.get(entry.job_id)
-        if request is None or not request.plannable:
+        """As far as it can be had: without those of its requests that are gone or somewhere else by now."""
+        requests, phases = [], []
+        for job_id in entry.job_ids:
+            request = self._open.get(job_id)
+            if request is None or not request.plannable:
+                continue
+            phase = request.remaining()[0]
+            if phase.kind == entry.kind and entry.degree in phase.step_s:
+                requests.append(request)
+                phases.append(phase)
+        if not requests or not self.committed.takes(entry.gpus):
             return None
-        phase = request.remaining()[0]
-        seconds = phase.step_s.get(entry.degree)
-        if phase.kind != entry.kind or seconds is None:
-            return None
-        if not self.committed.takes(entry.gpus):
-            return None
-        start_s = max(now_s, request.ready_s, *(self.committed.free_at_s[gpu] for gpu in entry.gpus))
+        seconds = step_together_s(phases, entry.degree)
+        ready_s = max(request.ready_s for request in requests)
+        start_s = max(now_s, ready_s, *(self.committed.free_at_s[gpu] for gpu in entry.gpus))
         # a range that starts in a later round reaches for that round's boundary
         ahead_s = self._boundary_s - start_s
         if ahead_s <= EPSILON_S:
             ahead_s += self.round_s() * math.ceil((EPSILON_S - ahead_s) / self.round_s())
         reach = math.ceil(ahead_s / max(seconds, EPSILON_S) - 1e-6)
-        steps = min(entry.steps, phase.steps, max(1, reach))
+        steps = min(entry.steps, max(1, reach), *(phase.steps for phase in phases))
         end_s = start_s + steps * seconds
         assignment = Assignment(
             seq=self._seq,
-            request_ids=(request.id,),
-            kind=phase.kind,
+            request_ids=tuple(request.id for request in requests),
+            kind=entry.kind,
             gpus=entry.gpus,
-            first_step=request.first_step(),
+            first_steps=tuple(request.first_step() for request in requests),
             steps=steps,
             start_s=start_s,
             end_s=end_s,
             after=self.committed.last_seqs(entry.gpus),
-            others=len(self._open) - 1,
-            component=phase.component,
+            others=len(self._open) - len(requests),
+            component=phases[0].component,
         )
         self._seq += 1
         self.committed.add(assignment)
-        request.committed += steps
-        request.gpus = entry.gpus
-        request.outstanding.append(assignment.seq)
+        for request in requests:
+            request.committed += steps
+            request.gpus = entry.gpus
+            request.outstanding.append(assignment.seq)
         self._predict(now_s)
         return assignment

@@ -165,6 +165,7 @@ def simulate(
     lead_s: float = 0.0,
     disturbance: Disturbance | None = None,
     reuse: Reuse | None = None,
+    max_batch: int = 1,
     on_settled: Callable[[], object] = lambda: None,
 ) -> Simulation:
     """Run a trace to its end.
@@ -173,6 +174,7 @@ def simulate(
         trace: in order of arrival.
         round_s, min_round_s, lead_s: as in `RoundScheduler`.
         reuse: of steps.
+        max_batch: so many requests may share a step, where the profile says what such steps take.
         on_settled: called whenever a request is finished or dropped.
 
     Raises:
@@ -185,7 +187,9 @@ def simulate(
     cheaper: dict[str, tuple[Phase, ...]] = {}
     if reuse.when == "late":
         cheaper = {request.id: request.chain(profile, n_gpus, reuse.k) for request in trace}
-    scheduler = RoundScheduler(policy, n_gpus, round_s=round_s, min_round_s=min_round_s, lead_s=lead_s)
+    scheduler = RoundScheduler(
+        policy, n_gpus, round_s=round_s, min_round_s=min_round_s, lead_s=lead_s, max_batch=max_batch
+    )
     machine = _Machine(n_gpus, disturbance or Disturbance())
     done = Simulation()
     finish_s: dict[str, float] = {}

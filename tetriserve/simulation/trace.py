@@ -72,7 +72,7 @@ class TraceRequest:
                 f"request {self.id}: shape {self.shape} is outside the profile, which ends at {largest}"
             )
         steps = len(computed_steps(self.num_inference_steps, reuse_every))
-        chain = chain_of(profile, self.shape, steps, range(1, n_gpus + 1))
+        chain = chain_of(profile, self.shape, steps, range(1, n_gpus + 1), company=profile.model)
         if not all(phase.step_s for phase in chain):
             raise ConfigError(f"request {self.id}: no degree for {self.shape} fits on {n_gpus} GPUs")
         return tuple(phase for phase in chain if phase.kind == "denoise" or phase.step_s[1] > 0)
