@@ -61,6 +61,8 @@ def schedule_on_time(
         picks: list[Pick] = []
         if idle:
             waiting = [run for run in order if run.ready_s <= ready_s]
+            if rule.gather and len(waiting) > idle.bit_count():
+                waiting.sort(key=lambda run: not run.gathers)
             picks, idle = lister.floors(waiting, idle)
             if board.has_company and len(picks) < len(waiting):
                 lister.join(waiting, picks)

@@ -30,6 +30,8 @@ RULES = (
     Rule(by_work, single_degree=True),
 )
 """Variants of the exact completion, best first; all are tried while the clock allows."""
+GATHERING = (Rule(single_degree=True, gather=True), Rule(gather=True), *RULES)
+"""The same where steps may be shared."""
 MAX_DROPS = 3
 SAFE_SHARE = 0.2
 """Slack at the end, as a share of the budget, beyond which a plan counts as safe."""
@@ -40,6 +42,7 @@ class _Search:
 
     Attributes:
         jobs: those that can be on time; `late` cannot, `patient` have no deadline.
+        rules: variants of the completion, best first.
         spare: idle GPUs that nobody is widened onto: while nobody is late for it, requests without deadline come
             before widening others beyond their need.
         best_served: indices into `jobs`.
@@ -55,6 +58,7 @@ class _Search:
         self.starving = first_starving(board, [*self.patient, *self.late])
         self.demands = _demands(board, self.jobs)
         self.spare = len(self.patient)
+        self.rules = GATHERING if board.has_company else RULES
         self.best: Schedule | None = None
         self.best_served: frozenset[int] = frozenset()
         self.best_starving: Run | None = None
@@ -161,14 +165,14 @@ class IlpPolicy:
         search = _Search(board, stop_s)
         everybody = range(len(search.jobs))
         if fits_all(search.demands, board.capacity):
-            search.complete(everybody, RULES[:1])
+            search.complete(everybody, search.rules[:1])
             if search.best and not search.best.missed and not _is_good(search.best):
-                search.complete(everybody, RULES[1:])
+                search.complete(everybody, search.rules[1:])
         if search.best is None or search.best.missed:
             search.spare = 0  # those without deadline wait rather than make somebody late
             self._improve(search)
         if search.best is None:
-            search.complete(everybody, RULES[:1])
+            search.complete(everybody, search.rules[:1])
         if any(run.open.job.promised for run in search.set_aside):
             self._keep_promises(search)
         return search
@@ -177,7 +181,7 @@ class IlpPolicy:
         """Those with a promise by themselves, then one more after the other, the cheapest first, while all are on
         time."""
         served = [i for i, job in enumerate(search.jobs) if job.job.promised]
-        schedule = search.complete(served, RULES)
+        schedule = search.complete(served, search.rules)
         others = set(range(len(search.jobs))).difference(served)
         for i in sorted(others, key=lambda i: search.demands[i].gpu_seconds):
             if schedule.missed or search.is_over():
@@ -194,7 +198,7 @@ class IlpPolicy:
             search.info["ilps"] += 1
             if selection is not None:
                 served = sorted(selection.chosen)
-                schedule = search.complete(served, RULES)
+                schedule = search.complete(served, search.rules)
         for _ in range(MAX_DROPS):
             if schedule is None or not schedule.missed or search.is_over():
                 return

@@ -230,7 +230,7 @@ class Lister:
             if not run.work.company or id(run) in taken:
                 continue
             alone = min(degree * s for degree, s in zip(run.degrees, run.seconds, strict=True))
-            best, least = None, BARGAIN * alone
+            best, least = None, (BARGAIN * alone, most)
             for pick in hosts:
                 if pick.run.work.company != run.work.company or len(pick.guests) + 1 >= most:
                     continue
@@ -239,8 +239,8 @@ class Lister:
                     continue
                 together_s = pick.run.step_with((*pick.guests, run), pick.index)
                 added = degree * (together_s - pick.step_s(pick.index))
-                if added < least and self._is_bearable(pick, run, together_s):
-                    best, least = pick, added
+                if (added, len(pick.guests)) < least and self._is_bearable(pick, run, together_s):
+                    best, least = pick, (added, len(pick.guests))
             if best is not None:
                 best.guests += (run,)
 

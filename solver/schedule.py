@@ -88,6 +88,13 @@ class Run:
         else:
             self._enter(self.phase + 1)
 
+    @property
+    def gathers(self) -> bool:
+        """It may share steps behind the current phase."""
+        later = self.phase + 1
+        work = self.open.work
+        return not self.work.company and later < len(work) and bool(work[later].company)
+
     def step_with(self, guests: Sequence[Run], index: int) -> float:
         """Seconds of one step of the current phase that it shares with others."""
         degree = self.degrees[index]
@@ -142,12 +149,14 @@ class Rule:
             surprises; else the narrowest of the mix, which is cheaper in GPU-seconds and leans on the widening.
         hold: keep GPUs idle for a wide request that is in front but lacks some.
         give_up: a request that cannot be on time any more leaves the schedule.
+        gather: while GPUs are short, who may share steps gets through what is before these first, so that it can.
     """
 
     order: Order = by_deadline
     single_degree: bool = False
     hold: bool = False
     give_up: bool = True
+    gather: bool = False
 
 
 Segment = tuple[float, float, tuple[Run, ...], str, GpuSet, int]

@@ -17,6 +17,9 @@ BATCHES = (2, 4)
 PAYS = 1.05
 """Requests in a shared step must be served this much faster than alone; below, sharing is not worth its trouble."""
 
+LONGEST_SHARED_S = 0.5
+"""Longer steps are not measured together: what they have in common is nothing beside what they compute."""
+
 
 @dataclass(frozen=True)
 class SharedTimes:

@@ -19,7 +19,7 @@ from deployments.logs import LogForm, logger
 from deployments.memory import HostMemory
 from deployments.progress import note, session_folder
 from solver.placement import gpu_sets, group_sets
-from tetriserve.batch_law import BATCHES, PAYS, SharedTimes, law_of
+from tetriserve.batch_law import BATCHES, LONGEST_SHARED_S, PAYS, SharedTimes, law_of
 from tetriserve.engine.report import GivenUp
 from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory, first_line
 from tetriserve.model_info import ModelInfo
@@ -328,6 +328,8 @@ class Fleet:
             shapes = sorted((s for s in alone if degree in alone[s]), key=lambda shape: shape.pixels)
             for shape in shapes:
                 alone_s = alone[shape][degree]
+                if alone_s > LONGEST_SHARED_S:
+                    break
                 try:
                     times = [(await self.measure(shape, degree, batch=n))["denoise"] for n in BATCHES]
                 except OutOfMemory as error:

@@ -47,14 +47,15 @@ class FailingReplica(GPUReplica):
     def _load(self) -> None:
         super()._load()
         adapter = self._engine.adapter
-        step, decode = adapter.step, adapter.decode
+        step, decode = adapter.step_together, adapter.decode
 
         def broken(*_: object) -> None:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
         marker = Path(self._args.model.path) / "was-unlucky"
 
-        def greedy_step(state: Any) -> torch.Tensor:
+        def greedy_step(states: list[Any]) -> list[torch.Tensor]:
+            (state,) = states
             group = adapter._parallel[0]._group
             degree = 1 if group is None else group.degree
             prompt = state.request.prompt
@@ -71,14 +72,14 @@ class FailingReplica(GPUReplica):
                 raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(...)`")
             if state.request.shape == TOO_LARGE_FOR_TWO and degree == 2 and self._gpu == 1:
                 torch.empty(1 << 60)
-            return step(state)
+            return step(states)
 
         def greedy_decode(request: GenerateRequest, latents: torch.Tensor) -> np.ndarray:
             if request.prompt == "too large to decode":
                 torch.empty(1 << 60)
             return decode(request, latents)
 
-        adapter.step, adapter.decode = greedy_step, greedy_decode
+        adapter.step_together, adapter.decode = greedy_step, greedy_decode
 
     def still_held(self) -> list[str]:
         """Requests that still take memory here."""

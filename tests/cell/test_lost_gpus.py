@@ -40,18 +40,19 @@ class SlowReplica(GPUReplica):
     def _load(self) -> None:
         super()._load()
         adapter = self._engine.adapter
-        step = adapter.step
+        step = adapter.step_together
 
-        def slow_step(state: Any) -> torch.Tensor:
+        def slow_step(states: list[Any]) -> list[torch.Tensor]:
+            (state,) = states
             time.sleep(STEP_S)
             group = adapter._parallel[0]._group
             if state.request.prompt == "too large for two" and group is not None and group.degree == 2:
                 torch.empty(1 << 60)
             if state.request.prompt == "not on GPU 1" and self._gpu == 1:
                 raise ValueError("GPU 1 does not like it")
-            return step(state)
+            return step(states)
 
-        adapter.step = slow_step
+        adapter.step_together = slow_step
 
     def warm(self, sets: tuple[tuple[int, ...], ...], seq: int) -> None:
         blow = Path(self._args.model.path) / "blow-to-the-first"
