@@ -180,6 +180,8 @@ class KnapsackPolicy:
                 placer.place_up_to(job, group[0].degree)
         if self.scales_up:
             placer.scale_up()
+        if board.has_company:
+            placer.gather(timely)
         on_time_picks = len(placer.picks)
         for job in late:
             placer.place_up_to(job, 1)
@@ -213,6 +215,12 @@ class _Placer:
                 self.idle &= ~gpus.mask
                 return
 
+    def gather(self, jobs: Sequence[OpenJob]) -> None:
+        """Those that found no GPU share the steps of others of their shape, where no deadline is at risk (the paper's
+        selective batching)."""
+        self.lister.join([Run(job) for job in jobs if job.job.id not in self.placed], self.picks, alike=True)
+        self.placed.update(run.open.job.id for pick in self.picks for run in pick.guests)
+
     def scale_up(self, first: int = 0) -> None:
         """Widen the picks from `first` on over what is still idle (paper 2.6)."""
         self.lister.widen(self.picks[first:], self.idle, 0)
@@ -225,6 +233,12 @@ class _Placer:
         entries: list[Entry] = []
         for pick in self.picks:
             run, at_s, index, gpus = pick.run, snapshot.now_s, pick.index, pick.gpus
+            if pick.guests:
+                step_s, ids = pick.step_s(index), tuple(one.open.job.id for one in pick.runs)
+                left = min(one.steps for one in pick.runs)
+                steps = max(1, steps_in_round(left, step_s, snapshot.boundary_s - at_s))
+                entries.append(Entry(ids, run.work.kind, gpus.gpus, steps, at_s, at_s + steps * step_s))
+                continue
             while True:
                 work, step_s = run.work, run.work.table.seconds[index]
                 steps = steps_in_round(work.steps, step_s, snapshot.boundary_s - at_s)

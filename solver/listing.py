@@ -220,9 +220,13 @@ class Lister:
             pick.index, pick.gpus = index, gpus
             gains = sorted([gain for gain in gains if gain[1] != number] + _gains(pick, number))
 
-    def join(self, waiting: Iterable[Run], picks: list[Pick]) -> None:
+    def join(self, waiting: Iterable[Run], picks: list[Pick], *, alike: bool = False) -> None:
         """Have runs that found no GPUs share the steps of others: each with whom it adds least, as far as that is a
-        bargain, those others stay on time at the common pace, and it does not become late itself."""
+        bargain, those others stay on time at the common pace, and it does not become late itself.
+
+        Args:
+            alike: only with those whose steps take as long.
+        """
         most = self.board.snapshot.max_batch
         hosts = [pick for pick in picks if pick.run.work.company and pick.run.can_share((), pick.index)]
         taken = {id(pick.run) for pick in picks}
@@ -235,7 +239,7 @@ class Lister:
                 if pick.run.work.company != run.work.company or len(pick.guests) + 1 >= most:
                     continue
                 degree = pick.run.degrees[pick.index]
-                if degree not in run.work.shared:
+                if degree not in run.work.shared or (alike and run.seconds != pick.run.seconds):
                     continue
                 together_s = pick.run.step_with((*pick.guests, run), pick.index)
                 added = degree * (together_s - pick.step_s(pick.index))

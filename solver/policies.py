@@ -8,10 +8,12 @@ from solver.baselines import EdfPolicy, best_fixed, fixed
 from solver.ilp import IlpPolicy
 from solver.knapsack import KnapsackPolicy
 from solver.problem import Policy
+from solver.slack import SlackPolicy
 
 _FACTORIES: Mapping[str, Callable[[float], Policy]] = {
     "ilp": lambda time_limit_s: IlpPolicy(time_limit_s),
     "dp": lambda _: KnapsackPolicy(),
+    "slack": lambda _: SlackPolicy(),
     "sp1": lambda _: fixed(1),
     "sp2": lambda _: fixed(2),
     "sp4": lambda _: fixed(4),

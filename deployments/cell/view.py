@@ -79,7 +79,18 @@ class View:
             return self._boards[seconds, owner][1]
         running = [] if self._state.failure else self._state.rounds.committed.expected(now_s)
         runs = [
-            Run(request_id, Execution(a.kind, a.steps, a.gpus, start_s + ahead_s, end_s + ahead_s))
+            Run(
+                request_id,
+                Execution(
+                    a.kind,
+                    a.steps,
+                    a.gpus,
+                    start_s + ahead_s,
+                    end_s + ahead_s,
+                    a.others,
+                    len(a.request_ids) - 1,
+                ),
+            )
             for a, start_s, end_s in running
             for request_id in a.request_ids
         ]

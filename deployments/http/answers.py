@@ -65,6 +65,7 @@ class Run(_Answer):
     start_s: float
     end_s: float
     others: int = Field(description="Other requests that were open when it was planned.")
+    shared_with: int = Field(description="Other requests that ran in the same steps.")
 
 
 class LostRun(_Answer):
@@ -239,6 +240,7 @@ class BoardRange(_Answer):
     steps: int
     ranges: int = Field(description="Step ranges in it: more where they are too narrow to be told apart.")
     gpus: list[tuple[int, int]] = Field(description="(first, count) of neighbouring GPUs.")
+    share: tuple[int, int] = Field(description="(which, of how many) it is of those who share its steps.")
     start_s: float
     end_s: float = Field(description="Predicted while it runs.")
     state: Literal["done", "running", "planned"]

@@ -222,8 +222,8 @@ def test_a_stream_begins_with_the_first_plan_and_skips_what_its_reader_was_too_s
 
         def ran(steps: int, preview: int | None = None) -> None:
             shown = None if preview is None else np.full((32, 32, 3), preview, np.uint8)
-            part = Assignment(0, (entry.id,), "denoise", (0,), 0, steps, 0.0, 1.0, (-1,))
-            entry.record(part, [Report(0.0, 1.0, 0.0, 0, shown)])
+            part = Assignment(0, (entry.id,), "denoise", (0,), (0,), steps, 0.0, 1.0, (-1,))
+            entry.record(part, [Report(0.0, 1.0, 0.0, 0, (shown,))])
 
         ran(1, 40)
         item = await anext(items)

@@ -27,11 +27,11 @@ def meters(gpu_seconds: float) -> Families:
     """Of a cell that ran one range and ended four requests."""
     cell = Meters([SMALL, LARGE])
     done = Report(10.0, 10.0 + gpu_seconds / 2, 0.0, 0)
-    cell.ran(SMALL, 2, 5, False, [done, Report(9.0, 11.0 + gpu_seconds / 2, 0.0, 0)])
-    cell.ran(SMALL, 1, 0, False, [Report(1.0, 2.0, 0.0, 0)])
+    cell.ran([SMALL], 2, 5, 0, [done, Report(9.0, 11.0 + gpu_seconds / 2, 0.0, 0)])
+    cell.ran([SMALL], 1, 0, 0, [Report(1.0, 2.0, 0.0, 0)])
     for shape, outcome in ((SMALL, "met"), (ODD, "met"), (LARGE, "late"), (Shape(64, 80), "met")):
         cell.ended(outcome, shape, TOOK, 1.5 if outcome == "late" else -0.5)
-    cell.corrected(SMALL, 2, 1.1)
+    cell.corrected(SMALL, 2, 1.1, shared=False)
     cell.planned(0.002)
     cell.fell_back()
     cell.lost_gpu(1)
@@ -134,5 +134,16 @@ def test_the_dashboard_asks_for_every_metric_and_for_no_other() -> None:
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
             labels = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
-            assert labels <= {"cell", "shape", "phase", "degree", "outcome", "state", "gpu", "kind"}
+            assert labels <= {
+                "cell",
+                "shape",
+                "phase",
+                "degree",
+                "outcome",
+                "state",
+                "gpu",
+                "kind",
+                "shared",
+                "requests",
+            }
             assert target["expr"].count("(") == target["expr"].count(")")

@@ -107,6 +107,26 @@ def test_ranges_too_narrow_to_be_told_apart_are_one_that_says_so() -> None:
     assert [row["ranges"] for row in show(history)["ranges"]] == [51] + [1] * 5
 
 
+def test_those_who_share_a_range_have_a_strip_of_it_each() -> None:
+    """And together they keep its GPU busy once."""
+    history = History(1, NOW_S - 10)
+    for name, client in (("a", "anna"), ("b", "anna"), ("c", "bert")):
+        arrive(history, name, client=client)
+        history.ran(name, Execution("denoise", 2, (0,), NOW_S - 4, NOW_S - 2, 0, 2))
+    ahead = tuple(Run(name, Execution("denoise", 1, (0,), NOW_S - 2, NOW_S, 0, 1)) for name in "ab")
+    board = show(history, ahead=ahead)
+    assert [row["share"] for row in board["ranges"]] == [[0, 3], [1, 3], [2, 3], [0, 2], [1, 2]]
+    assert len({row["request"] for row in board["ranges"]}) == 3
+    assert board["rates"][0]["gpu_use"] == pytest.approx(0.4)
+    mine = show(history, "anna")["ranges"]
+    assert [row["share"] for row in mine] == [[0, 3], [1, 3], [2, 3]]
+    assert mine[2]["request"] is None and mine[2]["kind"] == "busy"
+    (row,) = history.record(NOW_S, 30, None)["schedule"]
+    assert len(row["request_ids"]) == 3
+    own, busy = history.record(NOW_S, 30, "anna")["schedule"]
+    assert len(own["request_ids"]) == 2 and busy["request_ids"] == ["busy"]
+
+
 def labels(board: Any) -> list[str]:
     """Of a, b and c: the open one is listed first."""
     c, a, b = (row["request"] for row in board["requests"])
@@ -225,7 +245,7 @@ class Wide:
             phase = job.phases[0]
             gpus = (0,) if phase.kind != "denoise" else (0, 1)
             end_s = snapshot.now_s + phase.steps * phase.step_s[len(gpus)]
-            return Packed(job.id, phase.kind, gpus, phase.steps, snapshot.now_s, end_s)
+            return Packed((job.id,), phase.kind, gpus, phase.steps, snapshot.now_s, end_s)
 
         return Packing(tuple(entry(job) for job in snapshot.jobs))
 

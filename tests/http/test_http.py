@@ -70,6 +70,7 @@ def test_response_has_every_field_of_the_contract() -> None:
             "start_s": 1700000000.0,
             "end_s": 1700000000.3,
             "others": 3,
+            "shared_with": 0,
         }
     ]
     assert metrics["planned_with"] == {

@@ -46,6 +46,14 @@ def test_a_first_range(degree: int, slo_s: float | None, says: str) -> None:
     assert why(ran(degree, 10, 0.0), slo_s=slo_s) == says
 
 
+def test_company_is_said() -> None:
+    one = ran(1, 5, 0.0)._replace(shared_with=2)
+    assert why(one, slo_s=None).endswith("; steps shared with 2 other requests")
+    assert why(one._replace(shared_with=1, end_s=9.0), slo_s=None).endswith(
+        "; steps shared with another request"
+    )
+
+
 def test_what_is_left_decides() -> None:
     """The same degree under the same deadline, for other reasons as time goes by."""
     first, second = ran(2, 5, 0.0), ran(2, 5, 3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,24 @@ def test_the_corrected_profile_is_a_profile(tmp_path: Path) -> None:
     assert read.step_s(MIDDLE) == near({1: BASE.step_s(MIDDLE)[1], 2: 0.5})
     assert read.encode_seconds == BASE.encode_seconds
     assert "10 step ranges" in read.source
+
+
+def test_shared_steps_have_a_ratio_of_their_own() -> None:
+    """Before it is known they follow the steps of requests alone."""
+    batches = replace(
+        BASE, batch_floor_seconds={1: 0.1}, batch_step_seconds={SMALL: {1: 0.04}, LARGE: {1: 2.0}}
+    )
+    live = LiveProfile(batches)
+    feed(live, SMALL, 1, *[0.2] * FEWEST)
+    assert live.shared(SMALL)[1].add_s == pytest.approx(0.08, rel=0.01)
+    for _ in range(FEWEST):  # 0.12 by the law
+        live.measured([SMALL] * 3, 1, 0.18)
+    assert live.ratio(SMALL, 1, shared=True) == near(1.5)
+    assert live.shared(SMALL)[1].add_s == pytest.approx(0.06, rel=0.01)
+    assert live.step_s(SMALL)[1] == near(0.2)
+    live.measured([SMALL, LARGE], 2, 1.0)  # of a degree that is not shared
+    assert live.ratio(SMALL, 2, shared=True) == 1.0
+    assert LiveProfile(BASE).shared(SMALL) == {}
 
 
 def test_odd_measurements_are_ignored() -> None:

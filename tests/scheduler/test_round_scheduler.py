@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solver.policies import make_policy
-from solver.problem import Entry, Packing, Phase, Snapshot
+from solver.problem import Entry, Packing, Phase, Shared, Snapshot
 from tetriserve.scheduler.assignment import Assignment
 from tetriserve.scheduler.committed import QUEUE_DEPTH
 from tetriserve.scheduler.rounds import RoundScheduler
@@ -376,6 +376,35 @@ class Script:
 
     def __call__(self, snapshot: Snapshot) -> Packing:
         return self._packing
+
+
+SHARED = {1: Shared(0.4, 0.0, 0.1)}
+
+
+def test_a_shared_range_moves_all_of_its_requests_on() -> None:
+    """Those who are gone by then are left out, the others go on; lost, all of them are planned again."""
+    script = Script(Entry(("a", "b", "c", "d"), "denoise", (0,), 3, 0.0, 1.2))
+    scheduler = RoundScheduler(script, 1, round_s=10.0, max_batch=4)
+    for name, steps in (("a", 3), ("b", 5), ("c", 4), ("d", 4)):
+        phases = (
+            Phase("denoise", steps, {1: 0.4}, company="all", shared=SHARED),
+            Phase("decode", 1, {1: 0.1}),
+        )
+        scheduler.arrived(name, phases, 0.0)
+    scheduler.cancelled("c")
+    (first,) = scheduler.plan(0.0).assignments
+    assert (first.request_ids, first.first_steps, first.steps) == (("a", "b", "d"), (0, 0, 0), 3)
+    assert first.end_s == pytest.approx(3 * 0.4) and first.others == 0
+    scheduler.aborted(first.seq, 0.5)
+    again = scheduler.plan(0.5).assignments[0]
+    assert (again.request_ids, again.first_steps) == (("a", "b", "d"), (0, 0, 0))
+    assert not scheduler.finished(again.seq, 1.7)
+    assert [job.phases[0].kind for job in scheduler.snapshot(1.7).jobs] == ["decode", "denoise", "denoise"]
+    assert scheduler.snapshot(1.7).max_batch == 4
+    scheduler.part("b")
+    assert [job.phases[0].company for job in scheduler.snapshot(1.7).jobs] == ["", "", "all"]
+    scheduler.crowded(3)
+    assert scheduler.snapshot(1.7).max_batch == 2
 
 
 def test_predicted_finish() -> None:

@@ -46,6 +46,7 @@ class Explained:
         before: what kept it waiting, how long its deadline had passed, or what was lost before it; may be empty.
         verdict: one word for the reason ...
         reason: ... and the reason in words.
+        shared_with: how many others ran in the same steps.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Explained:
     before: str
     verdict: str
     reason: str
+    shared_with: int = 0
 
     @property
     def why(self) -> str:
@@ -67,6 +69,9 @@ class Explained:
         slow_s = self.seconds - self.planned_s
         is_slow = self.seconds > SLOW * self.planned_s and slow_s >= WAIT_S
         slow = f"took {_s(slow_s)} s longer than planned" if is_slow else ""
+        if self.shared_with:
+            others = "another request" if self.shared_with == 1 else f"{self.shared_with} other requests"
+            slow = f"steps shared with {others}"  # alone they would have been faster
         return "; ".join(filter(None, (self.before, self.reason, slow)))
 
 
@@ -145,6 +150,7 @@ def explain(
                 "; ".join(before),
                 verdict,
                 reason,
+                ran.shared_with,
             )
         )
         free_s = start_s + seconds
@@ -170,7 +176,7 @@ def merged(explained: Sequence[Explained]) -> list[Explained]:
 
 
 def _sort(one: Explained) -> tuple[Any, ...]:
-    return one.kind, one.gpus, one.verdict, one.alone
+    return one.kind, one.gpus, one.verdict, one.alone, one.shared_with
 
 
 def _reason(options: Mapping[int, Choice], degree: int, limit_s: float, besides: str) -> tuple[str, str]:
@@ -249,7 +255,15 @@ def of_metrics(metrics: Mapping[str, Any]) -> list[str]:
     told = metrics["planned_with"]
     step_s = {int(degree): seconds for degree, seconds in told["step_s"].items()}
     schedule = [
-        Execution(ran["kind"], ran["steps"], tuple(ran["gpus"]), ran["start_s"], ran["end_s"], ran["others"])
+        Execution(
+            ran["kind"],
+            ran["steps"],
+            tuple(ran["gpus"]),
+            ran["start_s"],
+            ran["end_s"],
+            ran["others"],
+            ran.get("shared_with", 0),
+        )
         for ran in metrics["schedule"]
     ]
     lost = [
@@ -286,6 +300,7 @@ def of_result(result: Mapping[str, Any], request_id: str, planned: PlannedWith, 
             ran["start_s"],
             ran["end_s"],
             open_at(ran["start_s"]),
+            len(ran["request_ids"]) - 1,
         )
         for ran in result["schedule"]
         if request_id in ran["request_ids"]

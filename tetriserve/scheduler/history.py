@@ -126,7 +126,7 @@ class History:
         self._runs.append(Run(request_id, execution))
         for second in range(math.floor(execution.start_s), math.ceil(execution.end_s)):
             share_s = min(execution.end_s, second + 1) - max(execution.start_s, second)
-            self._busy_s[second] += len(execution.gpus) * share_s
+            self._busy_s[second] += len(execution.gpus) * share_s / (1 + execution.shared_with)
         request = self._requests.get(request_id)
         if request is not None and execution.kind == "denoise":
             done = request.steps_done + execution.steps
@@ -171,15 +171,15 @@ class History:
         newest = itertools.islice(reversed(self._runs), BOARD_RUNS)
         past = [run for run in newest if run.execution.end_s > now_s - seconds]
         older = len(self._runs) - BOARD_RUNS if len(past) == BOARD_RUNS else 0
-        merged = self._merged(reversed(past), "done", finest_s, now_s, owner)
+        merged = self._merged(_placed(reversed(past)), "done", finest_s, now_s, owner)
         wide = [row for row in merged if row["end_s"] - row["start_s"] >= finest_s]
         ranges = wide[-SHOWN_RANGES:]
         whole_from_s = max(-seconds, self._start_s - now_s)
         if older or len(ranges) < len(wide):
             whole_from_s = max(whole_from_s, ranges[0]["start_s"])
-        for run in ahead:
+        for run, place in _placed(ahead):
             state = "running" if run.execution.start_s < now_s else "planned"
-            ranges += self._merged([run], state, finest_s, now_s, owner)
+            ranges += self._merged([(run, place)], state, finest_s, now_s, owner)
         opened = {i: request for i, request in self._requests.items() if request.outcome == "open"}
         shown = [r for r in opened.values() if owner in (None, r.client)]
         labels = {row["request"] for row in ranges} - {r.label for r in shown}
@@ -206,14 +206,21 @@ class History:
     def record(self, now_s: float, seconds: float, owner: str | None) -> dict[str, Any]:
         """`requests` and `schedule` of the Result contract, `plans` beside them: what `timeline` reads."""
         runs = [run for run in self._runs if run.execution.end_s > now_s - seconds][-TIMELINE_RUNS:]
-        schedule = []
+        schedule: list[dict[str, Any]] = []
+        shared: dict[tuple[object, ...], dict[str, Any]] = {}
         for request_id, execution in runs:
             request = self._seen(request_id, owner)
-            schedule.append(
+            label = request.label if request else BUSY
+            key = (execution.gpus, execution.start_s, execution.end_s, request is None)
+            if execution.shared_with and key in shared:
+                shared[key]["request_ids"].append(label)
+                continue
+            shared[key] = (
                 execution._asdict()
-                | {"request_ids": [request.label if request else BUSY]}
+                | {"request_ids": [label]}
                 | ({} if request else {"kind": BUSY, "steps": 0})
             )
+            schedule.append(shared[key])
         return {
             "requests": [
                 {
@@ -235,7 +242,12 @@ class History:
         return request if request is not None and owner in (None, request.client) else None
 
     def _merged(
-        self, runs: Iterable[Run], state: str, finest_s: float, now_s: float, owner: str | None
+        self,
+        runs: Iterable[tuple[Run, tuple[int, int]]],
+        state: str,
+        finest_s: float,
+        now_s: float,
+        owner: str | None,
     ) -> list[dict[str, Any]]:
         """Rows of the board in order of their start, each with how many ranges it stands for.
 
@@ -244,11 +256,11 @@ class History:
         """
         seen = []
         last: dict[tuple[object, ...], tuple[float, float]] = {}
-        for request_id, execution in sorted(runs, key=lambda run: run.execution.start_s):
+        for (request_id, execution), place in sorted(runs, key=lambda one: one[0].execution.start_s):
             request = self._seen(request_id, owner)
             kind = execution.kind if request else BUSY
             start_s, end_s = round(execution.start_s - now_s, 3), round(execution.end_s - now_s, 3)
-            key = (request_id if request else None, kind, execution.gpus)
+            key = (request_id if request else None, kind, execution.gpus, place)
             before_s, before_width_s = last.get(key, (-math.inf, 0.0))
             last[key] = max(before_s, end_s), end_s - start_s
             seam_s = math.inf  # joined to the one before where less than this is narrow
@@ -278,6 +290,7 @@ class History:
                 "steps": execution.steps if request else 0,
                 "ranges": 1 if request else 0,
                 "gpus": runs_of(execution.gpus),
+                "share": key[3],
                 "start_s": start_s,
                 "end_s": end_s,
                 "state": state,
@@ -299,7 +312,7 @@ class History:
         busy_s += sum(seconds for second, seconds in self._busy_s.items() if second > first)
         for _, execution in ahead:
             seconds = min(execution.end_s, now_s) - max(execution.start_s, from_s)
-            busy_s += len(execution.gpus) * max(0.0, seconds)
+            busy_s += len(execution.gpus) * max(0.0, seconds) / (1 + execution.shared_with)
         after = itertools.takewhile(lambda i: self._finish_s(i) > now_s - window_s, reversed(self._ended))
         recent = [self._requests[request_id] for request_id in after]
         due = [r for r in recent if r.deadline_s is not None and r.outcome not in BLAMELESS]
@@ -311,6 +324,18 @@ class History:
             "slo_attainment": round(met / len(due), 4) if due else None,
             "gpu_use": round(min(1.0, busy_s / (self._n_gpus * max(now_s - from_s, 1e-3))), 4),
         }
+
+
+def _placed(runs: Iterable[Run]) -> list[tuple[Run, tuple[int, int]]]:
+    """Each with (which, of how many) it is of those who shared its steps: what was shared ran at the same time."""
+    seen: defaultdict[tuple[object, ...], int] = defaultdict(int)
+    placed = []
+    for run in runs:
+        execution = run.execution
+        key = (execution.kind, execution.gpus, execution.start_s, execution.end_s)
+        placed.append((run, (min(seen[key], execution.shared_with), execution.shared_with + 1)))
+        seen[key] += 1
+    return placed
 
 
 def runs_of(gpus: Sequence[int]) -> list[tuple[int, int]]:

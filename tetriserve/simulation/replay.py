@@ -13,7 +13,7 @@ import httpx
 from tetriserve.chain import component_of
 from tetriserve.client import CONNECT_TIMEOUT_S, ServerError, follows_environment, key_headers
 from tetriserve.errors import ConfigError
-from tetriserve.simulation.result import Executed, Outcome
+from tetriserve.simulation.result import Executed, Outcome, shared_once
 from tetriserve.simulation.trace import TraceRequest
 
 DEFAULT_PROMPT = "a small red circle above a large blue square"
@@ -82,7 +82,7 @@ async def _replay(url: str, trace: Sequence[TraceRequest], on_settled: Callable[
             return Outcome(request.id, request.shape, request.arrival_s, slo_s, finish_s, alone_s)
 
         done.outcomes = list(await asyncio.gather(*(one(request) for request in trace)))
-        done.schedule.sort(key=lambda entry: entry.start_s)
+        done.schedule = shared_once(done.schedule)
         cells = await _cells(client)
         done.policy = cells[0]["policy"]
         done.n_gpus = sum(cell["gpus"] for cell in cells)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,17 @@ class Executed:
     steps: int
     kind: str
     component: str = ""
+
+
+def shared_once(schedule: Iterable[Executed]) -> list[Executed]:
+    """In order of start; what several requests report of the steps that they shared is one range of all of them."""
+    ranges: dict[tuple[object, ...], Executed] = {}
+    for entry in sorted(schedule, key=lambda entry: entry.start_s):
+        key = (entry.kind, entry.gpus, entry.start_s, entry.end_s)
+        before = ranges.get(key)
+        joined = () if before is None else before.request_ids
+        ranges[key] = replace(entry, request_ids=(*joined, *entry.request_ids))
+    return list(ranges.values())
 
 
 def result_of(

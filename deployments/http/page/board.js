@@ -145,12 +145,11 @@ export class Board {
     const left = Math.max(GUTTER_PX, this.x(rectangle.from));
     const right = Math.min(this.width, this.x(this.end(rectangle)));
     const gap = this.lane_px > 14 ? 2 : 1;
-    return rectangle.lanes.map(([lane, count]) => [
-      left,
-      this.y(lane) + gap / 2,
-      Math.max(1, right - left),
-      count * this.lane_px - gap,
-    ]);
+    const [which, of] = rectangle.share; // who shares steps has a strip each
+    return rectangle.lanes.map(([lane, count]) => {
+      const height = (count * this.lane_px - gap) / of;
+      return [left, this.y(lane) + gap / 2 + which * height, Math.max(1, right - left), height];
+    });
   }
 
   // ---- drawing ------------------------------------------------------------------------------------------
@@ -426,9 +425,11 @@ export class Board {
     if (rectangle.request === null) return ["Somebody else's request", cell + where, when];
     const several = rectangle.ranges > 1 ? ` in ${rectangle.ranges} ranges` : "";
     const what = kind === "denoise" ? `${steps} ${steps === 1 ? "step" : "steps"}${several}` : kind;
+    const others = rectangle.share[1] - 1;
+    const company = others ? ` shared with ${others} other${others === 1 ? "" : "s"}` : "";
     const lines = [
       `Request ${rectangle.request}${about ? `, ${about.shape}` : ""}`,
-      `${what}, ${cell}${where}${state === "done" ? "" : `, ${state}`}`,
+      `${what}${company}, ${cell}${where}${state === "done" ? "" : `, ${state}`}`,
       when,
     ];
     if (about) lines.push(`${about.steps_done} of ${about.steps} steps done, ${verdict(about)}`);
