@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from solver.problem import Shared
+
 TOLERANCE_S = 1e-9
 
 
@@ -122,6 +124,18 @@ def step_table(step_s: Mapping[int, float]) -> StepTable:
     if not step_s:
         raise ValueError("a phase needs at least one degree")
     return _table(tuple(sorted(step_s.items())))
+
+
+def shared_table(table: StepTable, shared: Mapping[int, Shared], most: int) -> StepTable:
+    """A table in which only what a request takes of a step shared by `most` costs something."""
+    wait_s = []
+    for degree, step_s in zip(table.degrees, table.seconds, strict=True):
+        terms = shared.get(degree)
+        own_s = step_s
+        if terms is not None:
+            own_s = min(step_s, max(terms.add_s + terms.overhead_s / most, terms.floor_s / most))
+        wait_s.append(step_s - own_s)
+    return StepTable(table.degrees, table.seconds, tuple(wait_s))
 
 
 @lru_cache(maxsize=4096)

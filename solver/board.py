@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from solver.allocation import StepTable, short_steps, step_table
+from solver.allocation import StepTable, shared_table, short_steps, step_table
 from solver.placement import GpuSet, mask_of, sets_of
 from solver.problem import Job, Phase, Shared, Snapshot
 
@@ -132,18 +132,6 @@ class Board:
     def capacity(self, deadline_s: float) -> float:
         """GPU-seconds that are not committed yet between now and `deadline_s`."""
         return sum(max(0.0, deadline_s - free_s) for free_s in self.free_at_s if free_s < math.inf)
-
-
-def shared_table(table: StepTable, shared: Mapping[int, Shared], most: int) -> StepTable:
-    """A table in which only what a request takes of a step shared by `most` costs something."""
-    wait_s = []
-    for degree, step_s in zip(table.degrees, table.seconds, strict=True):
-        terms = shared.get(degree)
-        own_s = step_s
-        if terms is not None:
-            own_s = min(step_s, max(terms.add_s + terms.overhead_s / most, terms.floor_s / most))
-        wait_s.append(step_s - own_s)
-    return StepTable(table.degrees, table.seconds, tuple(wait_s))
 
 
 def waiting_order(job: OpenJob) -> tuple[int, float, str]:

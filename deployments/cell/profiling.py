@@ -105,6 +105,7 @@ def run(args: AppArgs, out: Path) -> None:
 
 def _cache_path(args: AppArgs, fleet: Fleet) -> Path:
     root = Path(args.profile.cache_dir or cache_folder("profiles")).expanduser()
-    key = repr((fleet.fingerprint, args.cell.gpus, args.cell.all_degrees, args.profile.shapes))
+    batches = args.scheduler.max_batch > 1
+    key = repr((fleet.fingerprint, args.cell.gpus, args.cell.all_degrees, args.profile.shapes, batches))
     name = re.sub(r"[^\w.-]", "-", fleet.info.name)
     return root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.yaml"

@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from solver.allocation import least_gpu_seconds, step_table
+from solver.allocation import StepTable, least_gpu_seconds, shared_table, step_table
 from solver.problem import Load, Phase, least_work_s
 
 WINDOW_S = 300.0
@@ -27,11 +27,12 @@ class RecentLoad:
         self._gpu_seconds: defaultdict[float, float] = defaultdict(float)
         self._slacks_s: list[float] = []
 
-    def arrived(self, phases: Sequence[Phase], slo_s: float, now_s: float) -> None:
-        """Count a request; one without deadline is nobody's competitor."""
+    def arrived(self, phases: Sequence[Phase], slo_s: float, now_s: float, max_batch: int = 1) -> None:
+        """Count a request; one without deadline is nobody's competitor. It counts with the least that it can cost,
+        in steps shared by `max_batch` where they may be."""
         if not 0 < slo_s < math.inf:
             return
-        cost = least_gpu_seconds(((phase.steps, step_table(phase.step_s)) for phase in phases), slo_s)
+        cost = least_gpu_seconds(((phase.steps, _table(phase, max_batch)) for phase in phases), slo_s)
         known_slo_s = float(f"{slo_s:.2g}")
         slack_s = slo_s - least_work_s(phases)
         self._arrivals.append((now_s, known_slo_s, cost, slack_s))
@@ -59,3 +60,8 @@ class RecentLoad:
             self._gpu_seconds[slo_s] -= cost
             if self._gpu_seconds[slo_s] < 1e-9:
                 del self._gpu_seconds[slo_s]
+
+
+def _table(phase: Phase, max_batch: int) -> StepTable:
+    table = step_table(phase.step_s)
+    return shared_table(table, phase.shared, max_batch) if phase.company and max_batch > 1 else table

@@ -109,7 +109,7 @@ class RoundScheduler:
             alone_s=least_work_s(phases),
             cheaper=tuple(cheaper),
         )
-        self._load.arrived(phases, deadline_s - now_s, now_s)
+        self._load.arrived(phases, deadline_s - now_s, now_s, self.max_batch)
 
     def finished(self, seq: int, now_s: float) -> bool:
         """A step range was reported done. True when it was the last one of its request, which then leaves."""
