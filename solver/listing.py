@@ -221,8 +221,9 @@ class Lister:
             gains = sorted([gain for gain in gains if gain[1] != number] + _gains(pick, number))
 
     def join(self, waiting: Iterable[Run], picks: list[Pick], *, alike: bool = False) -> None:
-        """Have runs that found no GPUs share the steps of others: each with whom it adds least, as far as that is a
-        bargain, those others stay on time at the common pace, and it does not become late itself.
+        """Have runs that found no GPUs share the steps of others: each with whom it adds least, as far as those stay
+        on time at the common pace and it does not become late itself. Of the guests of a step as many stay, in turn,
+        as are a bargain together: the first may cost as much as alone, and the next ones next to nothing.
 
         Args:
             alike: only with those whose steps take as long.
@@ -233,13 +234,16 @@ class Lister:
         for run in waiting:
             if not run.work.company or id(run) in taken:
                 continue
-            alone = min(degree * s for degree, s in zip(run.degrees, run.seconds, strict=True))
-            best, least = None, (BARGAIN * alone, most)
+            worth = BARGAIN * _least_gpu_s(run)
+            best, least = None, (math.inf, most)
             for pick in hosts:
                 if pick.run.work.company != run.work.company or len(pick.guests) + 1 >= most:
                     continue
                 degree = pick.run.degrees[pick.index]
-                if degree not in run.work.shared or (alike and run.seconds != pick.run.seconds):
+                terms = run.work.shared.get(degree)
+                if terms is None or degree * terms.add_s > worth:
+                    continue
+                if alike and run.seconds != pick.run.seconds:
                     continue
                 together_s = pick.run.step_with((*pick.guests, run), pick.index)
                 added = degree * (together_s - pick.step_s(pick.index))
@@ -247,6 +251,9 @@ class Lister:
                     best, least = pick, (added, len(pick.guests))
             if best is not None:
                 best.guests += (run,)
+        for pick in hosts:
+            while pick.guests and not _is_bargain(pick):
+                pick.guests = pick.guests[:-1]
 
     def _is_bearable(self, pick: Pick, run: Run, together_s: float) -> bool:
         if pick.gpus.mask & self.limited:
@@ -285,6 +292,18 @@ class Lister:
         heapq.heappush(self._events, (end_s, gpus.mask))
         for run in runs:
             run.advance(steps, end_s, gpus.mask)
+
+
+def _least_gpu_s(run: Run) -> float:
+    """GPU-seconds of its next step alone."""
+    return min([degree * s for degree, s in zip(run.degrees, run.seconds, strict=True)])
+
+
+def _is_bargain(pick: Pick) -> bool:
+    """Whether its guests add clearly less than they would take alone."""
+    degree = pick.run.degrees[pick.index]
+    added = degree * (pick.step_s(pick.index) - pick.run.seconds[pick.index])
+    return added < BARGAIN * sum([_least_gpu_s(run) for run in pick.guests])
 
 
 def _gains(pick: Pick, number: int) -> list[tuple[float, int, int]]:

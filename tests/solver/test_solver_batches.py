@@ -78,6 +78,17 @@ def test_no_company_without_a_bargain_or_with_strangers() -> None:
         assert packing.entries and all(len(entry.job_ids) == 1 for entry in packing.entries)
 
 
+def test_a_guest_that_costs_as_much_as_alone_is_welcome_with_others_that_do_not() -> None:
+    """On a CPU a shared step has an overhead: two together are no gain, four are."""
+    shared = {1: Shared(0.0, 0.16, 0.04)}
+    terms = {"step_s": {1: 0.12}, "shared": shared}
+    ilp = make_policy("ilp", time_limit_s=1.0)
+    two = ilp(snapshot(job(f"r{i}", 10, 30.0, **terms) for i in range(2)))
+    assert all(len(entry.job_ids) == 1 for entry in two.entries)
+    four = ilp(snapshot(job(f"r{i}", 10, 30.0, **terms) for i in range(4)))
+    assert any(len(entry.job_ids) == 4 for entry in four.entries)
+
+
 def test_nobody_is_late_for_company() -> None:
     """The first has no time to lose: whoever joined it would take it beyond its deadline."""
     tight = job("tight", 10, 2.08)
