@@ -262,9 +262,9 @@ class Fleet:
                     logger.info("degree %d is not used for %s: %s", degree, shape, reason)
         return pairs
 
-    async def measure(self, shape: Shape, degree: int, batch: int = 1) -> dict[str, float]:
+    async def measure(self, shape: Shape, degree: int, batches: tuple[int, ...] = ()) -> dict[Any, float]:
         """Median seconds by kind of phase, with all GPUs busy at this degree, as in service: of a step, and at degree
-        1 of the other phases; with `batch` above 1 only of a step of so many requests.
+        1 of the other phases. With `batches` instead by these, of a step of so many requests.
 
         Raises what a replica raises, `OutOfMemory` when it does not fit.
         """
@@ -276,11 +276,11 @@ class Fleet:
 
         def measuring(gpus: tuple[int, ...]) -> Any:
             seq = next(self._rehearsals)
-            arguments = (shape, gpus, seq, settings.warmup, settings.repeats, batch)
+            arguments = (shape, gpus, seq, settings.warmup, settings.repeats, batches)
             calls = [(gpu, self._replicas[gpu].measure.remote(*arguments)) for gpu in gpus]
             return self.settled(calls, gpus, seq)
 
-        results: list[dict[str, float]] = []
+        results: list[dict[Any, float]] = []
         for measured, errors in await asyncio.gather(*map(measuring, disjoint)):
             if errors:
                 raise first_cause(errors)
@@ -331,12 +331,14 @@ class Fleet:
                 if alone_s > LONGEST_SHARED_S:
                     break
                 try:
-                    times = [(await self.measure(shape, degree, batch=n))["denoise"] for n in BATCHES]
+                    times = await self.measure(shape, degree, (1, *BATCHES))
                 except OutOfMemory as error:
                     logger.warning("no batches at degree %d of %s: out of memory: %s", degree, shape, error)
                     break
-                one = SharedTimes(shape, alone_s, dict(zip(BATCHES, times, strict=True)))
-                logger.info("%s at degree %d, shared by %s: %s s a step", shape, degree, BATCHES, times)
+                # as if the machine had been as fast as when the steps of lone requests were measured
+                step_s = {n: times[n] * alone_s / times[1] for n in BATCHES}
+                one = SharedTimes(shape, alone_s, step_s)
+                logger.info("%s at degree %d, of several requests: %s s a step", shape, degree, step_s)
                 measured.setdefault(degree, []).append(one)
                 if one.gain < PAYS:  # larger ones gain less
                     break

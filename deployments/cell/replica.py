@@ -364,14 +364,24 @@ class GPUReplica:
         self._order.post(lambda: self._engine.release(request_id)).add_done_callback(_log_failed)
 
     def measure(
-        self, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int, batch: int = 1
-    ) -> dict[str, float]:
-        """`Engine.measure`; every member of `gpus` must be called, as range `seq`. Raises as `run` does."""
+        self,
+        shape: Shape,
+        gpus: tuple[int, ...],
+        seq: int,
+        warmup: int,
+        repeats: int,
+        batches: tuple[int, ...] = (),
+    ) -> Any:
+        """`Engine.measure`, or of `batches` `Engine.measure_together`; all of `gpus` must be called, as range
+        `seq`. Raises as `run` does."""
         name = f"measure-{seq}"
-        names = (name, *(f"{name}-{i}" for i in range(batch)))
+        names = tuple(f"{name}-{i}" for i in range(max(batches, default=1)))
 
         def call() -> Any:
-            return self._engine.measure(name, shape, gpus, seq, warmup, repeats, batch)
+            engine = self._engine
+            if batches:
+                return engine.measure_together(names, shape, gpus, seq, warmup, repeats, batches)
+            return engine.measure(names[0], shape, gpus, seq, warmup, repeats)
 
         return self._order.run(
             lambda: self._or_abandon(call, names, gpus, seq, name, f"a measurement of {shape}")

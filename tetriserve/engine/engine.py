@@ -239,25 +239,14 @@ class Engine:
 
     @torch.inference_mode()
     def measure(
-        self,
-        request_id: str,
-        shape: Shape,
-        gpus: tuple[int, ...],
-        seq: int,
-        warmup: int,
-        repeats: int,
-        batch: int = 1,
+        self, request_id: str, shape: Shape, gpus: tuple[int, ...], seq: int, warmup: int, repeats: int
     ) -> dict[str, float]:
-        """Median seconds by kind of phase: of one step over `gpus`, and for one GPU of the other phases; with `batch`
-        above 1 only of a step of so many requests.
+        """Median seconds by kind of phase: of one step over `gpus`, and for one GPU of the other phases.
 
         All members call it together, as range `seq`; the request is made up and released again. `abandon` it when
         this raises.
         """
-        request = _made_up(shape, warmup + repeats)
-        if batch > 1:
-            return self._measure_together(request_id, request, gpus, seq, warmup, batch)
-        alone = len(gpus) == 1
+        alone, request = len(gpus) == 1, _made_up(shape, warmup + repeats)
         edit = request
         if self.adapter.info.editing.max_images and shape.frames == 1:
             grey = np.full((shape.height, shape.width, 3), 127, np.uint8)
@@ -283,20 +272,36 @@ class Engine:
             for kind, times in seconds.items()
         }
 
-    def _measure_together(
-        self, name: str, request: GenerateRequest, gpus: tuple[int, ...], seq: int, warmup: int, batch: int
-    ) -> dict[str, float]:
-        names = [f"{name}-{i}" for i in range(batch)]
-        for one in names:
-            self.encode(one, request)
-        assert request.num_inference_steps is not None
-        times = []
-        for step in range(request.num_inference_steps):
-            report = self.denoise_together([Share(one, step) for one in names], gpus, 1, seq)
-            times.append(report.ended_s - report.started_s)
-        for one in names:
-            self.release(one)
-        return {"denoise": statistics.median(times[warmup:])}
+    @torch.inference_mode()
+    def measure_together(
+        self,
+        names: Sequence[str],
+        shape: Shape,
+        gpus: tuple[int, ...],
+        seq: int,
+        warmup: int,
+        repeats: int,
+        batches: Sequence[int],
+    ) -> dict[int, float]:
+        """Median seconds of a step over `gpus` of so many requests, in turn: a machine is faster now and slower then.
+
+        Called as `measure`; `names` are for as many made-up requests as the largest batch has.
+        """
+        request = _made_up(shape, (warmup + repeats) * len(batches))
+        for name in names:
+            self.encode(name, request)
+        seconds: dict[int, list[float]] = {batch: [] for batch in batches}
+        done = dict.fromkeys(names, 0)
+        for _ in range(warmup + repeats):
+            for batch in batches:
+                members = names[:batch]
+                report = self.denoise_together([Share(one, done[one]) for one in members], gpus, 1, seq)
+                seconds[batch].append(report.ended_s - report.started_s)
+                for one in members:
+                    done[one] += 1
+        for name in names:
+            self.release(name)
+        return {batch: statistics.median(times[warmup:]) for batch, times in seconds.items()}
 
     def _preview(self, state: RequestState, before: torch.Tensor, velocity: torch.Tensor) -> np.ndarray:
         """What the picture comes to if the flow goes on straight from the last step."""
