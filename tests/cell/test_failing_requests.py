@@ -55,7 +55,7 @@ class FailingReplica(GPUReplica):
         marker = Path(self._args.model.path) / "was-unlucky"
 
         def greedy_step(states: list[Any]) -> list[torch.Tensor]:
-            (state,) = states
+            state = states[0]  # a batch that is measured has several alike
             group = adapter._parallel[0]._group
             degree = 1 if group is None else group.degree
             prompt = state.request.prompt

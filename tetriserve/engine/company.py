@@ -110,7 +110,7 @@ class Members:
         return len(self.lengths[self.flat.image])
 
     def owners(self, streams: Streams, where: str) -> torch.Tensor:
-        """Of each token the number of its member: [tokens], int64.
+        """Of each token the number of its member: [tokens], int64, on the device.
 
         Args:
             where: "whole": the streams one after the other; "own": this rank's shards of them; "exchanged": those of
@@ -118,27 +118,28 @@ class Members:
         """
         key = (streams, where)
         if key not in self._owners:
-            whole = [self._of(stream) for stream in streams]
-            group = self._group
-            if where != "whole" and group is not None:
-                shards = [one.split(group.rows(len(one))) for one in whole]
-                ranks = range(group.degree) if where == "exchanged" else (group.rank,)
-                whole = [shard[rank] for rank in ranks for shard in shards]
-            self._owners[key] = torch.cat(whole)
+            self._owners[key] = self._owners_on_host(streams, where).to(self._device)
         return self._owners[key]
 
-    def _of(self, stream: str) -> torch.Tensor:
-        counts = torch.tensor(self.lengths[stream], device=self._device)
-        return torch.repeat_interleave(torch.arange(self.count, device=self._device), counts)
+    def _owners_on_host(self, streams: Streams, where: str) -> torch.Tensor:
+        members = torch.arange(self.count)
+        whole = [members.repeat_interleave(torch.tensor(self.lengths[stream])) for stream in streams]
+        group = self._group
+        if where != "whole" and group is not None:
+            shards = [one.split(group.rows(len(one))) for one in whole]
+            ranks = range(group.degree) if where == "exchanged" else (group.rank,)
+            whole = [shard[rank] for rank in ranks for shard in shards]
+        return torch.cat(whole)
 
     def order(self, streams: Streams, where: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """The tokens member by member, the way back, and how many each member has."""
         key = (streams, where)
         if key not in self._orders:
-            owners = self.owners(streams, where)
+            # on the host: the device would have to be waited for to know how many there are
+            owners = self._owners_on_host(streams, where)
             order = owners.argsort(stable=True)
             counts = torch.bincount(owners, minlength=self.count).tolist()
-            self._orders[key] = order, order.argsort(), counts
+            self._orders[key] = order.to(self._device), order.argsort().to(self._device), counts
         return self._orders[key]
 
     def streams_of(self, tokens: int, where: str) -> Streams:

@@ -84,6 +84,7 @@ class SequenceParallel:
         self._batched = batched
         self._flat = flat
         self._members: Members | None = None
+        self._last_members: tuple[tuple[object, ...], Members] | None = None
         self._group: SPGroup | None = None
         self._sharded = False  # between a split and its gather: what runs before and behind sees all tokens
         self._lengths: dict[str, int] = {}
@@ -121,13 +122,23 @@ class SequenceParallel:
         ones = [one for call in rows for one in call]
         arguments, lengths = flat_arguments(self._flat, ones)
         images = [one.arguments[self._flat.image] for one in ones]
-        sides = [tuple(image.shape[-2:]) for image in images]
-        self._members = Members(self._flat, lengths, sides, self._group, images[0].device)
+        self._members = self._members_of(self._flat, lengths, images)
         try:
             made = iter(apart(self._flat, ones, Call(transformer, arguments).make()))
         finally:
             self._members = None
         return [torch.cat([next(made) for _ in call]) for call in rows]
+
+    def _members_of(
+        self, flat: Flat, lengths: Mapping[str, Sequence[int]], images: Sequence[torch.Tensor]
+    ) -> Members:
+        """Those of the forward before where it was the same mix: it is so in all steps of a range."""
+        group, sides = self._group, [tuple(image.shape[-2:]) for image in images]
+        place = None if group is None else (group.degree, group.rank)
+        mix = (*map(tuple, lengths.values()), *sides, place)
+        if self._last_members is None or self._last_members[0] != mix:
+            self._last_members = mix, Members(flat, lengths, sides, group, images[0].device)
+        return self._last_members[1]
 
     def _follow_members(self, transformer: torch.nn.Module, flat: Flat) -> None:
         """What knows pictures gets to know of several."""

@@ -44,6 +44,7 @@ class FluxAdapter(ModelAdapter):
         longest = 512 if self._distilled else 256  # schnell was trained on 256 text tokens
         self._text_tokens = limits.text_tokens(longest, 512, "FLUX")
         self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
+        self._text_ids = lru_cache(maxsize=32)(self._make_text_ids)
         side = self.pipeline.vae_scale_factor * 2
         return limits.info(
             family=self.family,
@@ -128,11 +129,14 @@ class FluxAdapter(ModelAdapter):
             "guidance": guidance,
             "pooled_projections": conditioning[f"{prefix}pooled"],
             "encoder_hidden_states": embeds,
-            "txt_ids": torch.zeros(embeds.shape[1], 3, device=self.device, dtype=latents.dtype),
+            "txt_ids": self._text_ids(embeds.shape[1], latents.dtype),
             "img_ids": beside(ids, conditioning, "reference_ids", dim=0),
         }
         noise = yield Call(self.pipeline.transformer, arguments)
         return noise[:, : latents.shape[1]]
+
+    def _make_text_ids(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(tokens, 3, device=self.device, dtype=dtype)
 
     def _make_image_ids(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         token = self.info.token_pixels

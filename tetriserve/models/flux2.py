@@ -30,6 +30,7 @@ class Flux2Adapter(ModelAdapter):
         pipeline, config = self.pipeline, self.pipeline.transformer.config
         self._text_tokens = limits.text_tokens(512, pipeline.tokenizer_max_length, "FLUX.2")
         self._image_ids = lru_cache(maxsize=32)(self._make_image_ids)
+        self._text_ids = lru_cache(maxsize=32)(self._make_text_ids)
         return limits.info(
             family=self.family,
             side=2 * pipeline.vae_scale_factor,
@@ -115,7 +116,7 @@ class Flux2Adapter(ModelAdapter):
             "timestep": timestep.expand(1).to(latents.dtype) / 1000,
             "guidance": self._guidance(request),
             "encoder_hidden_states": embeds,
-            "txt_ids": self.pipeline._prepare_text_ids(embeds).to(self.device),
+            "txt_ids": self._text_ids(embeds.shape),
             "img_ids": beside(ids, conditioning, "reference_ids"),
         }
         noise = yield Call(transformer, arguments)
@@ -124,6 +125,9 @@ class Flux2Adapter(ModelAdapter):
     def _guidance(self, request: GenerateRequest) -> torch.Tensor | None:
         """What the transformer is told of it."""
         return None
+
+    def _make_text_ids(self, shape: torch.Size) -> Any:
+        return self.pipeline._prepare_text_ids(torch.empty(shape)).to(self.device)
 
     def _make_image_ids(self, height: int, width: int) -> Any:
         return self.pipeline._prepare_latent_ids(torch.empty(1, 1, height, width)).to(self.device)
