@@ -649,10 +649,10 @@ def test_a_member_that_fails_leaves_nobody_waiting_and_the_group_is_built_anew(p
     pool.send(0, model, "denoise", journey.id, (0, 1), 0, 2, None, None, 50)
     with pytest.raises(RuntimeError, match="no state on GPU 1"):
         pool.call((1,), model, "denoise", journey.id, (0, 1), 0, 2, None, None, 50)
-    pool.call((1,), model, "abandon", journey.id, (0, 1), 50)
+    pool.call((1,), model, "abandon", [journey.id], (0, 1), 50)
     with pytest.raises(RuntimeError, match=r"Connection (closed|reset) by peer"):
         pool.receive(0)
-    pool.call((0,), model, "abandon", journey.id, (0, 1), 50)
+    pool.call((0,), model, "abandon", [journey.id], (0, 1), 50)
     with pytest.raises(RuntimeError, match="no state on GPU 0"):
         pool.call((0,), model, "decode", journey.id)
     journey.knows, journey.holders = set(), set()
@@ -661,7 +661,7 @@ def test_a_member_that_fails_leaves_nobody_waiting_and_the_group_is_built_anew(p
         pool.send(gpu, model, "denoise", *arguments)
     for gpu in (0, 1):
         pool.receive(gpu)
-    pool.call((0,), model, "abandon", "another", (0, 1), 50)  # late news of what was cleared up
+    pool.call((0,), model, "abandon", ["another"], (0, 1), 50)  # late news of what was cleared up
     journey.latents = pool.call((0,), model, "pack", journey.id)[0]
     journey.knows, journey.holders, journey.step = {0, 1}, {0, 1}, 2
     journey.run((0, 1), STEPS - 2)
