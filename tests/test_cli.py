@@ -364,23 +364,34 @@ def test_serve_that_is_killed_leaves_nothing() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-def test_a_child_that_lost_the_mark_is_found() -> None:
-    """As a process that writes its title over its environment does."""
+def test_orphans_that_lost_the_mark_are_found() -> None:
+    """As agents that write their titles over their environment, and whose parent is dead before anybody looks."""
     mark = secrets.token_hex(8)
-    parent = subprocess.Popen(
-        ["sh", "-c", "env -i sleep 300 & echo $!; wait"],
-        stdout=subprocess.PIPE,
-        env={guard.MARK: mark, **os.environ},
+    script = "sh -c 'env -i sleep 300 & echo $!; wait' & echo $!; wait"
+    server = subprocess.Popen(
+        ["sh", "-c", script], stdout=subprocess.PIPE, text=True, env={guard.MARK: mark, **os.environ}
     )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    subprocess.run(
-        [sys.executable, "-I", guard.__file__, mark], stdin=subprocess.DEVNULL, timeout=30, check=True
+    assert server.stdout is not None
+    parent, child = sorted(int(server.stdout.readline()) for _ in range(2))
+    watching = subprocess.Popen(
+        [sys.executable, "-I", guard.__file__, mark, str(server.pid)], stdin=subprocess.PIPE
     )
-    assert parent.wait(1) == -signal.SIGKILL
-    with contextlib.suppress(OSError):  # gone, or dead and not yet waited for
-        assert not Path(f"/proc/{child}/cmdline").read_text()
-    assert not guard.left_behind(mark)
+    assert watching.stdin is not None
+    time.sleep(3 * guard.LOOK_S)
+    os.kill(parent, signal.SIGKILL)
+    server.kill()
+    time.sleep(0.1)
+    assert alive(child)
+    watching.stdin.close()
+    assert watching.wait(30) == 0 and server.wait(1) == -signal.SIGKILL
+    assert not alive(child) and not guard.marked(mark)
+
+
+def alive(pid: int) -> bool:
+    """Not gone, nor dead and not yet waited for."""
+    with contextlib.suppress(OSError):
+        return bool(Path(f"/proc/{pid}/cmdline").read_text())
+    return False
 
 
 def processes_with(variable: str) -> list[str]:
