@@ -25,7 +25,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from schedule_checker import Chain, violations
 
-from solver.problem import Entry, Phase
+from solver.problem import Entry, Phase, Shared
 from tetriserve.scheduler.explain import of_metrics
 
 
@@ -180,12 +180,13 @@ def test_a_replayed_trace_has_a_valid_schedule(server: Server, tmp_path: Path) -
     assert all(request["finish_s"] is not None for request in result["requests"])
     assert {gpu for entry in result["schedule"] for gpu in entry["gpus"]} == {0, 1}
     anything = dict.fromkeys((1, 2), 0.0)  # how long a step takes here is the machine's business
+    nothing = dict.fromkeys((1, 2), Shared(0.0, 0.0, 0.0))  # and so is who shares one
     chains = {
         line["id"]: Chain(
             line["arrival_s"],
             (
                 Phase("encode", 1, anything),
-                Phase("denoise", line["num_inference_steps"], anything),
+                Phase("denoise", line["num_inference_steps"], anything, company="all", shared=nothing),
                 Phase("decode", 1, anything),
             ),
         )
