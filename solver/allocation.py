@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from solver.problem import Shared
+from solver.problem import Phase, Shared
 
 TOLERANCE_S = 1e-9
 
@@ -126,11 +126,19 @@ def step_table(step_s: Mapping[int, float]) -> StepTable:
     return _table(tuple(sorted(step_s.items())))
 
 
-def shared_table(table: StepTable, shared: Mapping[int, Shared], most: int) -> StepTable:
-    """A table in which only what a request takes of a step shared by `most` costs something."""
-    wait_s = []
+def shared_costs(phase: Phase, table: StepTable, most: int) -> StepTable:
+    """The table of a phase in which only what a request takes of a step shared by `most` costs something; as it is
+    where steps are not shared."""
+    if not phase.company or most == 1:
+        return table
+    return _shared_costs(table, tuple(sorted(phase.shared.items())), most)
+
+
+@lru_cache(maxsize=4096)
+def _shared_costs(table: StepTable, shared: tuple[tuple[int, Shared], ...], most: int) -> StepTable:
+    terms_of, wait_s = dict(shared), []
     for degree, step_s in zip(table.degrees, table.seconds, strict=True):
-        terms = shared.get(degree)
+        terms = terms_of.get(degree)
         own_s = step_s
         if terms is not None:
             own_s = min(step_s, max(terms.add_s + terms.overhead_s / most, terms.floor_s / most))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from solver.allocation import StepTable, shared_table, short_steps, step_table
+from solver.allocation import StepTable, shared_costs, short_steps, step_table
 from solver.placement import GpuSet, mask_of, sets_of
 from solver.problem import Job, Phase, Shared, Snapshot
 
@@ -117,9 +117,8 @@ class Board:
         for phase, table in zip(reversed(job.phases), reversed(tables), strict=True):
             if table is None:
                 return None
-            costs, company = table, ""
-            if phase.company and self.snapshot.max_batch > 1:
-                costs, company = shared_table(table, phase.shared, self.snapshot.max_batch), phase.company
+            most = self.snapshot.max_batch
+            costs, company = shared_costs(phase, table, most), phase.company if most > 1 else ""
             work.append(Work(phase.kind, phase.steps, table, tail_s, costs, company, phase.shared))
             tail_s += phase.steps * table.fastest_s
         start_s = max(self.snapshot.now_s, job.ready_s)

@@ -171,9 +171,9 @@ class Entry:
 class Packing:
     """A policy's answer: entries in order of start, and whom it gave up for now.
 
-    Entries of one request never overlap and follow its phases in order; no GPU is used twice at a time. Who shares an
-    entry is of the same company.
-    The caller commits what starts in its window and asks again later; the rest is the look-ahead.
+    Entries of one request never overlap and follow its phases in order; no GPU is used twice at a time; who shares an
+    entry is of the same company. The caller commits what starts in its window and asks again later; the rest is the
+    look-ahead.
     """
 
     entries: tuple[Entry, ...]

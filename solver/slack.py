@@ -37,7 +37,7 @@ class SlackPolicy:
         begun: defaultdict[tuple[int, ...], list[OpenJob]] = defaultdict(list)
         waiting = []
         for job in ready:
-            gpus = self._gpus_of(board, job)
+            gpus = _begun_on(board, job)
             if gpus is None:
                 waiting.append(job)
             else:
@@ -55,28 +55,22 @@ class SlackPolicy:
             entries += self._run(snapshot, gpus, batch)
         return Packing(tuple(sorted(entries, key=lambda entry: (entry.start_s, entry.end_s))))
 
-    def _gpus_of(self, board: Board, job: OpenJob) -> tuple[int, ...] | None:
-        """Where it was begun, None if nowhere or there no more."""
-        degree = len(job.job.gpus)
-        sets = [one.gpus for one in board.sets.get(degree, ())]
-        return job.job.gpus if job.job.gpus in sets else None
-
     def _admit(
         self, snapshot: Snapshot, begun: Sequence[OpenJob], waiting: Sequence[OpenJob]
     ) -> list[OpenJob]:
         """Those begun, and who joins them."""
         now_s, batch = snapshot.now_s, list(begun)
         candidates = sorted(waiting, key=lambda job: _slack(job, job.least_s, now_s))
-        while candidates and len(batch) < max(1, snapshot.max_batch):
+        while candidates and len(batch) < snapshot.max_batch:
             first = candidates[0]
             left_s = first.job.deadline_s - now_s - first.least_s
             if left_s > RELAXED * first.least_s and batch:
-                first = min(candidates, key=lambda job: _pace([*batch, job], now_s))
+                first = min(candidates, key=lambda job: _pace([*batch, job]))
             candidates.remove(first)
             together = [*batch, first]
             if batch and not _may_share(together):
                 continue
-            pace = _pace(together, now_s)
+            pace = _pace(together)
             if not first.is_late and _slack(first, pace * first.least_s, now_s) < 0 and batch:
                 continue  # late with them: another GPU may be better
             if any(
@@ -113,14 +107,18 @@ class SlackPolicy:
         return entries
 
 
+def _begun_on(board: Board, job: OpenJob) -> tuple[int, ...] | None:
+    """Where it was begun, None if nowhere or there no more."""
+    gpus = job.job.gpus
+    return gpus if any(one.gpus == gpus for one in board.sets.get(len(gpus), ())) else None
+
+
 def _companies(steps: Sequence[tuple[str, Phase]], most: int) -> list[list[tuple[str, Phase]]]:
     """Who may run in the same steps."""
     companies: defaultdict[str, list[tuple[str, Phase]]] = defaultdict(list)
     for job_id, phase in steps:
         companies[phase.company or f"alone {job_id}"].append((job_id, phase))
-    return [
-        members[i : i + most] for members in companies.values() for i in range(0, len(members), max(1, most))
-    ]
+    return [members[i : i + most] for members in companies.values() for i in range(0, len(members), most)]
 
 
 def _slack(job: OpenJob, left_s: float, now_s: float) -> float:
@@ -141,7 +139,7 @@ def _may_share(jobs: Sequence[OpenJob]) -> bool:
     return len(companies) == 1 and "" not in companies
 
 
-def _pace(jobs: Sequence[OpenJob], now_s: float) -> float:
+def _pace(jobs: Sequence[OpenJob]) -> float:
     """How much slower a step of all of them is than the mean of each alone; with nobody to share with 1."""
     phases = [phase for phase in map(_steps_of, jobs) if phase is not None]
     if len(phases) < 2 or not _may_share(jobs):

@@ -157,14 +157,18 @@ def _rounded(tables: Mapping[Shape, Mapping[int, float]]) -> dict[str, dict[int,
 
 
 def _tables(body: Any, name: str, degrees: tuple[int, ...]) -> dict[Shape, dict[int, float]]:
-    tables = {
-        Shape.parse(shape): {int(degree): _positive(t, shape) for degree, t in times.items()}
+    return {
+        Shape.parse(shape): _by_degree(times, f"{name} {shape}", shape, degrees)
         for shape, times in (body[name] or {}).items()
     }
-    for shape, times in tables.items():
-        if set(times) - set(degrees):
-            raise ValueError(f"{name} {shape} has degrees {sorted(times)} beyond {list(degrees)}")
-    return tables
+
+
+def _by_degree(body: Any, name: str, of: str, degrees: tuple[int, ...]) -> dict[int, float]:
+    """Seconds by degree; `name` is what has degrees that it should not, `of` what has no time."""
+    times = {int(degree): _positive(t, of) for degree, t in body.items()}
+    if set(times) - set(degrees):
+        raise ValueError(f"{name} has degrees {sorted(times)} beyond {list(degrees)}")
+    return times
 
 
 def _batches(
@@ -172,13 +176,7 @@ def _batches(
 ) -> dict[str, Any]:
     """The sections of the batch law, none of them against another."""
     names = ("batch_floor_seconds", "batch_overhead_seconds", "batch_step_seconds")
-    floor, overhead = (
-        {int(degree): _positive(t, name) for degree, t in (body.get(name) or {}).items()}
-        for name in names[:2]
-    )
-    for name, table in zip(names, (floor, overhead), strict=False):
-        if set(table) - set(degrees):
-            raise ValueError(f"{name} has degrees {sorted(table)} beyond {list(degrees)}")
+    floor, overhead = (_by_degree(body.get(name) or {}, name, name, degrees) for name in names[:2])
     adds = _tables(body, names[2], degrees) if body.get(names[2]) else {}
     if not floor:
         given = next((name for name in names[1:] if body.get(name)), None)

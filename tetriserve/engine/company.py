@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tetriserve.engine.groups import SPGroup
-from tetriserve.engine.kernels import Kernel
+from tetriserve.engine.kernels import Kernel, Mask
 
 Streams = tuple[str, ...]
 """The token arguments that a sequence consists of, in order."""
@@ -150,21 +150,23 @@ class Members:
     def attend(
         self,
         kernel: Kernel,
+        streams: Streams,
+        where: tuple[str, str],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scale: float | None,
-        gqa: bool,
-        streams: Streams,
-        where: tuple[str, str],
+        mask: Mask = None,
+        scale: float | None = None,
+        gqa: bool = False,
     ) -> torch.Tensor:
-        """Attention of every member by itself; arguments as for `Kernel`, batch 1.
+        """Attention of every member by itself; what follows `where` is as for `Kernel`, batch 1, and without a mask.
 
         A loop: fused kernels for sequences of several lengths are slower, on CPU by far, on an H200 too.
 
         Args:
             where: the tokens of the query, and those of key and value, as for `owners`.
         """
+        assert mask is None, "families with masks have no `Flat`"
         order, back, counts = self.order(streams, where[0])
         queries = query[:, order].split(counts, 1)
         order, _, counts = self.order(streams, where[1])

@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, combinations_with_replacement
 from typing import Any
 
@@ -171,22 +172,11 @@ class SequenceParallel:
         """Which tokens a block sees."""
         return "own" if self._group is not None and self._sharded else "whole"
 
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Mask,
-        scale: float | None,
-        gqa: bool,
-        *,
-        streams: Streams,
-        where: tuple[str, str],
-    ) -> torch.Tensor:
-        """The kernel, for each member by itself; `streams` and `where` as for `Members.attend`."""
+    def _kernel_over(self, streams: Streams, where: tuple[str, str]) -> Kernel:
+        """The kernel, of several requests for each by itself; arguments as for `Members.attend`."""
         if self._members is None:
-            return self._kernel(query, key, value, mask, scale, gqa)
-        return self._members.attend(self._kernel, query, key, value, scale, gqa, streams, where)
+            return self._kernel
+        return partial(self._members.attend, self._kernel, streams, where)
 
     # ---- attention ----------------------------------------------------------------------------------------
 
@@ -205,16 +195,16 @@ class SequenceParallel:
         members = self._members
         streams = () if members is None else members.streams_of(query.shape[1], self._here)
         if group is None or kind == "local" or not self._sharded:
-            where = ("whole", "whole")
-            return self._attend(query, key, value, mask, scale, gqa, streams=streams, where=where)
+            kernel = self._kernel_over(streams, ("whole", "whole"))
+            return kernel(query, key, value, mask, scale, gqa)
         key_rows = self._rows(group, key.shape[1], key.device)
         by_heads = kind == "shard" and not (query.shape[2] % group.degree or key.shape[2] % group.degree)
         if mask is not None:
             mask = self._of_all_keys(group, mask, key_rows, by_heads)
         if not by_heads:
             key, value = _gather(group, torch.stack((key, value)), 2, key_rows)
-            where = ("own", "exchanged")
-            return self._attend(query, key, value, mask, scale, gqa, streams=streams, where=where)
+            kernel = self._kernel_over(streams, ("own", "exchanged"))
+            return kernel(query, key, value, mask, scale, gqa)
         if mask is not None and mask.shape[1] > 1:
             mask = mask.chunk(group.degree, 1)[group.rank]
         query_rows = self._rows(group, query.shape[1], query.device)
@@ -223,9 +213,8 @@ class SequenceParallel:
         else:
             (query,) = _to_heads(group, (query,), query_rows)
             key, value = _to_heads(group, (key, value), key_rows)
-        where = ("exchanged", "exchanged")
-        attended = self._attend(query, key, value, mask, scale, gqa, streams=streams, where=where)
-        return _to_tokens(group, attended, query_rows)
+        kernel = self._kernel_over(streams, ("exchanged", "exchanged"))
+        return _to_tokens(group, kernel(query, key, value, mask, scale, gqa), query_rows)
 
     def _of_all_keys(self, group: SPGroup, mask: torch.Tensor, rows: Rows, all_queries: bool) -> torch.Tensor:
         """A mask [..., queries or 1, own keys] as one of all keys, in the order in which these are exchanged."""

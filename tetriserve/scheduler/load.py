@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from solver.allocation import StepTable, least_gpu_seconds, shared_table, step_table
+from solver.allocation import least_gpu_seconds, shared_costs, step_table
 from solver.problem import Load, Phase, least_work_s
 
 WINDOW_S = 300.0
@@ -32,7 +32,10 @@ class RecentLoad:
         in steps shared by `max_batch` where they may be."""
         if not 0 < slo_s < math.inf:
             return
-        cost = least_gpu_seconds(((phase.steps, _table(phase, max_batch)) for phase in phases), slo_s)
+        cost = least_gpu_seconds(
+            ((phase.steps, shared_costs(phase, step_table(phase.step_s), max_batch)) for phase in phases),
+            slo_s,
+        )
         known_slo_s = float(f"{slo_s:.2g}")
         slack_s = slo_s - least_work_s(phases)
         self._arrivals.append((now_s, known_slo_s, cost, slack_s))
@@ -60,8 +63,3 @@ class RecentLoad:
             self._gpu_seconds[slo_s] -= cost
             if self._gpu_seconds[slo_s] < 1e-9:
                 del self._gpu_seconds[slo_s]
-
-
-def _table(phase: Phase, max_batch: int) -> StepTable:
-    table = step_table(phase.step_s)
-    return shared_table(table, phase.shared, max_batch) if phase.company and max_batch > 1 else table
