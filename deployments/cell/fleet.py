@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import statistics
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
@@ -19,16 +19,10 @@ from deployments.logs import LogForm, logger
 from deployments.memory import HostMemory
 from deployments.progress import note, session_folder
 from solver.placement import gpu_sets, group_sets
-from tetriserve.batch_law import BATCHES, LONGEST_SHARED_S, PAYS, SharedTimes, law_of
 from tetriserve.engine.report import GivenUp
-from tetriserve.errors import ConfigError, GenerationFailed, OutOfMemory, first_line
+from tetriserve.errors import ConfigError, GenerationFailed, first_line
 from tetriserve.model_info import ModelInfo
-from tetriserve.profile import Profile
 from tetriserve.request import Shape
-
-Measured = Callable[[Shape, int, float], None]
-"""Told of every measurement: shape, degree, seconds of a step."""
-
 
 FIRST_REHEARSAL = -(1 << 30)
 """Ranges that no plan has sent are numbered from here: warming and measuring, all before the first planned one."""
@@ -286,63 +280,6 @@ class Fleet:
                 raise first_cause(errors)
             results += measured
         return {kind: statistics.median(result[kind] for result in results) for kind in results[0]}
-
-    async def profile(self, measured: Measured) -> Profile:
-        """Measure every shape and degree of the configuration; what does not fit into memory is left out.
-
-        Raises `ConfigError` when nothing is left, else what a replica raises.
-        """
-        args = self._args
-        steps: dict[Shape, dict[int, float]] = {}
-        others: dict[str, dict[Shape, float]] = {}
-        for shape, degree in self.measurable():
-            try:
-                seconds = await self.measure(shape, degree)
-            except OutOfMemory as error:
-                logger.warning("degree %d is not used for %s: out of memory: %s", degree, shape, error)
-                continue
-            step_s = steps.setdefault(shape, {})[degree] = seconds.pop("denoise")
-            for kind, other_s in seconds.items():
-                others.setdefault(kind, {})[shape] = other_s
-            measured(shape, degree, step_s)
-        if not steps:
-            raise ConfigError("args.profile.shapes: the model runs out of memory at every shape and degree")
-        law = await self._batch_law(steps) if self.info.batches and args.scheduler.max_batch > 1 else {}
-        return Profile(
-            model=self.info.name,
-            device=self.device,
-            source=f"measured by tetriserve profile: median of {args.profile.repeats} steps after "
-            f"{args.profile.warmup}, {args.model.dtype}, {args.cell.attention_backend} attention",
-            degrees=tuple(sorted({degree for times in steps.values() for degree in times})),
-            step_seconds=steps,
-            encode_seconds=others["encode"],
-            decode_seconds=others["decode"],
-            encode_image_seconds=others.get("encode_image", {}),
-            **law,
-        )
-
-    async def _batch_law(self, alone: Mapping[Shape, Mapping[int, float]]) -> dict[str, Any]:
-        """The profile's sections on shared steps: measured from the smallest shape on, as long as sharing pays."""
-        measured: dict[int, list[SharedTimes]] = {}
-        for degree in sorted({degree for times in alone.values() for degree in times}):
-            shapes = sorted((s for s in alone if degree in alone[s]), key=lambda shape: shape.pixels)
-            for shape in shapes:
-                alone_s = alone[shape][degree]
-                if alone_s > LONGEST_SHARED_S:
-                    break
-                try:
-                    times = await self.measure(shape, degree, (1, *BATCHES))
-                except OutOfMemory as error:
-                    logger.warning("no batches at degree %d of %s: out of memory: %s", degree, shape, error)
-                    break
-                # as if the machine had been as fast as when the steps of lone requests were measured
-                step_s = {n: times[n] * alone_s / times[1] for n in BATCHES}
-                one = SharedTimes(shape, alone_s, step_s)
-                logger.info("%s at degree %d, of several requests: %s s a step", shape, degree, step_s)
-                measured.setdefault(degree, []).append(one)
-                if one.gain < PAYS:  # larger ones gain less
-                    break
-        return law_of(measured)
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -6,16 +6,22 @@ import asyncio
 import hashlib
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from deployments.cell.fleet import Fleet, cause_of
 from deployments.cluster_file import load_profile
 from deployments.config import AppArgs
 from deployments.logs import logger
+from tetriserve.batch_law import BATCHES, LONGEST_SHARED_S, PAYS, SharedTimes, law_of
 from tetriserve.cache import cache_folder
-from tetriserve.errors import ConfigError, TetriserveError
+from tetriserve.errors import ConfigError, OutOfMemory, TetriserveError
 from tetriserve.profile import Profile
 from tetriserve.request import Shape
+
+Measured = Callable[[Shape, int, float], None]
+"""Told of every measurement: shape, degree, seconds of a step."""
 
 
 async def fitting_profile(args: AppArgs, fleet: Fleet) -> Profile:
@@ -33,8 +39,10 @@ async def fitting_profile(args: AppArgs, fleet: Fleet) -> Profile:
             return profile
     except (ConfigError, OSError) as error:
         logger.warning("measuring again: %s", error)
-    profile = await fleet.profile(
-        lambda shape, degree, step_s: logger.info("%s at degree %d: %.4f s a step", shape, degree, step_s)
+    profile = await measured_profile(
+        args,
+        fleet,
+        lambda shape, degree, step_s: logger.info("%s at degree %d: %.4f s a step", shape, degree, step_s),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +65,64 @@ def _configured(args: AppArgs, path: str, fleet: Fleet) -> Profile:
             fleet.device,
         )
     return profile
+
+
+async def measured_profile(args: AppArgs, fleet: Fleet, measured: Measured) -> Profile:
+    """Measure every shape and degree of the configuration; what does not fit into memory is left out.
+
+    Raises `ConfigError` when nothing is left, else what a replica raises.
+    """
+    steps: dict[Shape, dict[int, float]] = {}
+    others: dict[str, dict[Shape, float]] = {}
+    for shape, degree in fleet.measurable():
+        try:
+            seconds = await fleet.measure(shape, degree)
+        except OutOfMemory as error:
+            logger.warning("degree %d is not used for %s: out of memory: %s", degree, shape, error)
+            continue
+        step_s = steps.setdefault(shape, {})[degree] = seconds.pop("denoise")
+        for kind, other_s in seconds.items():
+            others.setdefault(kind, {})[shape] = other_s
+        measured(shape, degree, step_s)
+    if not steps:
+        raise ConfigError("args.profile.shapes: the model runs out of memory at every shape and degree")
+    law = await _batch_law(fleet, steps) if fleet.info.batches and args.scheduler.max_batch > 1 else {}
+    return Profile(
+        model=fleet.info.name,
+        device=fleet.device,
+        source=f"measured by tetriserve profile: median of {args.profile.repeats} steps after "
+        f"{args.profile.warmup}, {args.model.dtype}, {args.cell.attention_backend} attention",
+        degrees=tuple(sorted({degree for times in steps.values() for degree in times})),
+        step_seconds=steps,
+        encode_seconds=others["encode"],
+        decode_seconds=others["decode"],
+        encode_image_seconds=others.get("encode_image", {}),
+        **law,
+    )
+
+
+async def _batch_law(fleet: Fleet, alone: Mapping[Shape, Mapping[int, float]]) -> dict[str, Any]:
+    """The profile's sections on shared steps: measured from the smallest shape on, as long as sharing pays."""
+    measured: dict[int, list[SharedTimes]] = {}
+    for degree in sorted({degree for times in alone.values() for degree in times}):
+        shapes = sorted((s for s in alone if degree in alone[s]), key=lambda shape: shape.pixels)
+        for shape in shapes:
+            alone_s = alone[shape][degree]
+            if alone_s > LONGEST_SHARED_S:
+                break
+            try:
+                times = await fleet.measure(shape, degree, (1, *BATCHES))
+            except OutOfMemory as error:
+                logger.warning("no batches at degree %d of %s: out of memory: %s", degree, shape, error)
+                break
+            # as if the machine had been as fast as when the steps of lone requests were measured
+            step_s = {n: times[n] * alone_s / times[1] for n in BATCHES}
+            one = SharedTimes(shape, alone_s, step_s)
+            logger.info("%s at degree %d, of several requests: %s s a step", shape, degree, step_s)
+            measured.setdefault(degree, []).append(one)
+            if one.gain < PAYS:  # larger ones gain less
+                break
+    return law_of(measured)
 
 
 def write_profile(path: Path, profile: Profile) -> None:
@@ -88,7 +154,7 @@ def run(args: AppArgs, out: Path) -> None:
                 bar.set_postfix_str(f"{shape} at degree {degree}: {step_s:.4f} s")
                 bar.update()
 
-            return await fleet.profile(measured)
+            return await measured_profile(args, fleet, measured)
 
     bundles = args.cell.bundles
     start_ray(sum(bundle["CPU"] for bundle in bundles))

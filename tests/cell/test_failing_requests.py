@@ -19,6 +19,7 @@ from ray import cloudpickle
 from ray.util.placement_group import PlacementGroup
 
 from deployments.cell import fleet
+from deployments.cell.profiling import measured_profile
 from deployments.cell.replica import GPUReplica
 from deployments.cell.scheduler import Scheduler
 from deployments.config import AppArgs, ProfileArgs
@@ -201,7 +202,9 @@ def test_a_shape_and_degree_without_memory_is_left_out_of_the_profile(
     async def run() -> None:
         replicas, seen = fleet.Fleet(measured, group), list[tuple[Shape, int]]()
         await replicas.start()
-        profile = await replicas.profile(lambda shape, degree, _: seen.append((shape, degree)))
+        profile = await measured_profile(
+            measured, replicas, lambda shape, degree, _: seen.append((shape, degree))
+        )
         small = Shape(256, 256)
         assert seen == [(small, 1), (small, 2), (TOO_LARGE_FOR_TWO, 1)]
         assert {s: set(times) for s, times in profile.step_seconds.items()} == {

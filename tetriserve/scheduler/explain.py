@@ -254,18 +254,7 @@ def of_metrics(metrics: Mapping[str, Any]) -> list[str]:
     """The table for the `metrics` of a server's answer. Raises KeyError where they lack something."""
     told = metrics["planned_with"]
     step_s = {int(degree): seconds for degree, seconds in told["step_s"].items()}
-    schedule = [
-        Execution(
-            ran["kind"],
-            ran["steps"],
-            tuple(ran["gpus"]),
-            ran["start_s"],
-            ran["end_s"],
-            ran["others"],
-            ran.get("shared_with", 0),
-        )
-        for ran in metrics["schedule"]
-    ]
+    schedule = [_execution(ran, ran["others"], ran.get("shared_with", 0)) for ran in metrics["schedule"]]
     lost = [
         LostRange(one["kind"], one["steps"], tuple(one["gpus"]), one["noticed_s"]) for one in metrics["lost"]
     ]
@@ -293,21 +282,18 @@ def of_result(result: Mapping[str, Any], request_id: str, planned: PlannedWith, 
         return sum(row["arrival_s"] <= now_s < until_s for row, until_s in zip(rest, ends_s, strict=True))
 
     schedule = [
-        Execution(
-            ran["kind"],
-            ran["steps"],
-            tuple(ran["gpus"]),
-            ran["start_s"],
-            ran["end_s"],
-            open_at(ran["start_s"]),
-            len(ran["request_ids"]) - 1,
-        )
+        _execution(ran, open_at(ran["start_s"]), len(ran["request_ids"]) - 1)
         for ran in result["schedule"]
         if request_id in ran["request_ids"]
     ]
     arrival_s, finish_s, slo_s = asked["arrival_s"], asked["finish_s"], asked["slo_s"]
     rows = explain(schedule, planned, steps, slo_s, arrival_s=arrival_s)
     return table(rows, slo_s, None if finish_s is None else finish_s - arrival_s)
+
+
+def _execution(ran: Mapping[str, Any], others: int, shared_with: int) -> Execution:
+    gpus = tuple(ran["gpus"])
+    return Execution(ran["kind"], ran["steps"], gpus, ran["start_s"], ran["end_s"], others, shared_with)
 
 
 def _end(slo_s: float | None, finish_s: float | None, predicted_s: float | None) -> str:
