@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import live_cell
 import numpy as np
 import pytest
 import ray
@@ -117,18 +118,7 @@ def on_a_cell(
             "profile": {"path": str(file), "correct": False},
         }
     )
-
-    async def on_scheduler() -> None:
-        group = ray.util.placement_group(args.cell.bundles)
-        await group.ready()
-        scheduler = Scheduler(args, group)
-        await scheduler.start()
-        try:
-            await work(scheduler)
-        finally:
-            ray.util.remove_placement_group(group)
-
-    asyncio.run(on_scheduler())
+    live_cell.on_a_cell(args, work)
 
 
 async def generated(scheduler: Scheduler, i: int, prompt: str = "", name: str = "") -> GenerateResult:

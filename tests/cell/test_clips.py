@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import live_cell
 import numpy as np
 import pytest
 import ray
@@ -147,17 +148,8 @@ def on_a_cell(
             "profile": {"path": str(file), "correct": False},
         }
     )
-
-    async def on_scheduler() -> None:
-        group = ray.util.placement_group(args.cell.bundles)
-        await group.ready()
-        scheduler = Scheduler(args, group)
-        await scheduler.start()
-        await work(scheduler)
-        ray.util.remove_placement_group(group)
-
     start_ray(3)
     try:
-        asyncio.run(on_scheduler())
+        live_cell.on_a_cell(args, work)
     finally:
         ray.shutdown()
